@@ -1,0 +1,114 @@
+"""qoq eval: perplexity and lm-eval tasks, of a checkpoint or of the original model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qoq.cli.output import check_device, common_options, note, print_json
+
+if TYPE_CHECKING:
+    from qoq.evaluate import Model
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--ppl", "dataset", help="Perplexity on wikitext2 (hub), or a .raw, .txt, .jsonl or .parquet file.")
+@click.option("--tasks", help="lm-eval tasks: names or .yaml files, separated by commas.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(["original", "simulate", "runtime"]),
+    help="May be repeated.  [default: runtime for a checkpoint, else original]",
+)
+@click.option("--seqlen", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens in a window.")
+@click.option("--limit", type=click.IntRange(min=1), help="Windows, or examples of each task.")
+@click.option("--device", default="cpu", show_default=True, help="For the original model.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
+@common_options
+def evaluate(
+    model: str,
+    dataset: str | None,
+    tasks: str | None,
+    backends: tuple[str, ...],
+    seqlen: int,
+    limit: int | None,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Measure MODEL: a checkpoint folder, or what `quantize` takes.
+
+    A checkpoint runs through its packed integers (runtime), through float fake quantization (simulate), or as
+    the model it was made from (original).
+    """
+    from qoq import evaluate as ev
+    from qoq.checkpoint import Checkpoint, is_checkpoint
+
+    if dataset is None and tasks is None:
+        raise click.UsageError("nothing to measure: give --ppl, --tasks or both")
+    check_device(device)
+    checkpoint = Checkpoint(model) if is_checkpoint(model) else None
+    if checkpoint is None and set(backends) - {"original"}:
+        raise click.UsageError(f"{model} is no checkpoint: only --backend original can run it")
+    backends = backends or ("original" if checkpoint is None else "runtime",)
+    tokenizer, max_length = _tokenizer(model, checkpoint, trust_remote_code)
+    ids = None if dataset is None else ev.windows(tokenizer, ev.evaluation_text(dataset), seqlen, limit)
+
+    results: list[dict[str, Any]] = []
+    for backend in backends:
+        runner = _runner(model, checkpoint, backend, device, trust_remote_code)
+        if ids is not None and dataset is not None:
+            results.append(_perplexity(runner, ids, model, backend, dataset))
+        if tasks is not None:
+            scores = ev.tasks(runner, tokenizer, tasks.split(","), max_length, limit)
+            results.append({"model": model, "backend": backend, "tasks": scores})
+            _print_tasks(backend, scores)
+    if as_json:
+        print_json({"results": results})
+
+
+def _tokenizer(model: str, checkpoint: Any, trust_remote_code: bool) -> tuple[Any, int]:
+    from qoq.models.source import open_source
+
+    source = checkpoint or open_source(model, trust_remote_code)
+    return source.tokenizer(), source.config.max_position_embeddings
+
+
+def _runner(model: str, checkpoint: Any, backend: str, device: str, trust_remote_code: bool) -> "Model":
+    from qoq import evaluate as ev
+    from qoq.errors import CheckpointError
+    from qoq.models.source import open_source
+
+    if backend != "original":
+        return ev.QuantizedModel(checkpoint, backend)
+    if checkpoint is not None:
+        model = checkpoint.report().get("model", "")
+        if not model:
+            raise CheckpointError(f"{checkpoint.folder}: no qoq_report.json names the model it was made from")
+    return ev.OriginalModel(open_source(model, trust_remote_code), device)
+
+
+def _perplexity(runner: "Model", ids: Any, model: str, backend: str, dataset: str) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from qoq import evaluate as ev
+
+    with tqdm(total=len(ids), unit="window", desc=backend, disable=None) as bar:
+        result = ev.perplexity(
+            runner, ids, name=model, backend=backend, dataset=Path(dataset).name, on_window=bar.update
+        )
+    note(
+        f"{backend:9} perplexity {result.perplexity:8.4f}   {result.windows} x {result.seqlen} tokens of "
+        f"{result.dataset}, {result.seconds:.0f} s"
+    )
+    return asdict(result)
+
+
+def _print_tasks(backend: str, scores: dict[str, dict[str, Any]]) -> None:
+    for task, metrics in scores.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float) and "stderr" not in metric:
+                note(f"{backend:9} {task} {metric.removesuffix(',none')} {value:.4f}")

@@ -1,0 +1,146 @@
+"""qoq inspect: what a checkpoint folder is, and what is wrong with it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qoq.cli.output import common_options, print_json
+from qoq.errors import CheckpointError, QoqError
+
+if TYPE_CHECKING:
+    from qoq.checkpoint import Checkpoint, Entry
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Read every tensor and check every group.")
+@common_options
+def inspect(folder: Path, verify: bool, as_json: bool) -> None:
+    """Say what FOLDER is; exit code 1 if something is wrong with it."""
+    found = describe(folder, verify)
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    if found["problems"]:
+        raise SystemExit(1)
+
+
+def describe(folder: Path, verify: bool) -> dict[str, Any]:
+    """Everything that can be said of a folder, faults included.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    from qoq.checkpoint import Checkpoint, read_header
+
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    problems: list[str] = []
+    entries: dict[str, Entry] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            entries |= read_header(path)
+        except QoqError as error:
+            problems.append(str(error))
+    found: dict[str, Any] = {"folder": str(folder), "tensors": _classes(entries)}
+    try:
+        checkpoint = Checkpoint(folder, check=False)
+        found |= _identity(checkpoint)
+        found["scales"] = _scales(checkpoint)
+        problems += checkpoint.problems() if verify else checkpoint.header_problems()
+    except QoqError as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+    return found | {"verified": verify, "problems": problems}
+
+
+def _classes(entries: "dict[str, Entry]") -> list[dict[str, Any]]:
+    """Tensors by class: how many, bytes."""
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for name, entry in entries.items():
+        kind = _class_of(name)
+        count[kind] += 1
+        size[kind] += entry.bytes
+    return [{"class": kind, "tensors": count[kind], "bytes": size[kind]} for kind in size]
+
+
+def _class_of(name: str) -> str:
+    if "norm" in name:
+        return "norms"
+    if "embed_tokens" in name or "lm_head" in name:
+        return name.removesuffix(".weight").split(".")[-1]
+    return name.rsplit(".", 1)[-1]
+
+
+def _identity(checkpoint: "Checkpoint") -> dict[str, Any]:
+    from qoq.checkpoint import size_in_bytes
+
+    spec, group = checkpoint.spec, checkpoint.group_size
+    report = checkpoint.report()
+    embeddings = 2 * 2 * spec.vocab_size * spec.hidden_size
+    linear_bytes = size_in_bytes(spec, group) - embeddings
+    return {
+        "format": "QServe W4A8, " + ("per channel" if group == -1 else f"groups of {group}"),
+        "group_size": group,
+        "model": report.get("model"),
+        "recipe": (report.get("recipe") or {}).get("name"),
+        "model_type": spec.model_type,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "bits_per_linear_weight": round(8 * linear_bytes / spec.linear_parameters(), 3),
+        "kv_bytes_per_token": spec.num_layers * 2 * spec.num_kv_heads * (spec.head_dim // 2 + 4),
+        "loads_in": _loads_in(group),
+    }
+
+
+def _loads_in(group_size: int) -> list[str]:
+    """Engines that read this layout. Group size 64 is an extension that only qoq knows."""
+    others = ["QServe / OmniServe (after qoq convert, without norms)", "SGLang 0.4.7 to 0.5.15"]
+    return ["qoq"] if group_size == 64 else ["qoq", *others]
+
+
+def _scales(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """Ranges over all linears, read from the small tensors only."""
+    from qoq.packing import unpack_level2
+
+    ranges: dict[str, list[float]] = {}
+    steps: Counter[int] = Counter()
+    for name in checkpoint.entries:
+        suffix = name.rsplit(".", 1)[-1]
+        if suffix in ("s1_scales", "s1_szeros"):
+            tensor = checkpoint.tensor(name).float()
+            low, high = ranges.get(suffix, [float("inf"), float("-inf")])
+            ranges[suffix] = [min(low, float(tensor.min())), max(high, float(tensor.max()))]
+        elif suffix == "s2_scales":
+            values, counts = unpack_level2(checkpoint.tensor(name)).unique(return_counts=True)
+            steps.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    return {**ranges, "s2_scales": dict(sorted(steps.items()))} if steps else dict(ranges)
+
+
+def _print(found: dict[str, Any]) -> None:
+    for key in ("format", "model", "recipe", "model_type", "layers", "hidden_size"):
+        if found.get(key) is not None:
+            click.echo(f"{key:24}{found[key]}")
+    if "group_size" in found:
+        click.echo(f"{'bits per linear weight':24}{found['bits_per_linear_weight']}")
+        click.echo(f"{'KV4 bytes per token':24}{found['kv_bytes_per_token']}")
+        click.echo(f"{'loads in':24}{', '.join(found['loads_in'])}")
+    for row in found["tensors"]:
+        click.echo(f"  {row['class']:22}{row['tensors']:6} tensors {row['bytes'] / 2**20:12.2f} MiB")
+    for name, value in found.get("scales", {}).items():
+        if name == "s2_scales":
+            total = sum(value.values())
+            shares = ", ".join(f"{step}: {100 * count / total:.1f} %" for step, count in value.items())
+            click.echo(f"  {name:22}{shares}")
+        else:
+            click.echo(f"  {name:22}{value[0]:.3g} .. {value[1]:.3g}")
+    for problem in found["problems"]:
+        click.echo(f"problem: {problem}")
+    if not found["problems"]:
+        click.echo(
+            "every tensor read, every group legal" if found["verified"] else "names, shapes and dtypes are right"
+        )

@@ -1,0 +1,55 @@
+"""What every command says the same way: JSON on stdout, everything else on stderr."""
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json and -v to a command; -v is handled here."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, verbose: bool, **kwargs: Any) -> Any:
+        set_up_logging(verbose)
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Log to stderr; the libraries keep quiet unless asked, and draw bars on terminals only."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
+    from transformers.utils import logging as transformers_logging
+
+    if not verbose:
+        transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2))
+
+
+def note(message: str) -> None:
+    """A line for the person at the terminal."""
+    click.echo(message, err=True)
+
+
+def check_device(device: str) -> None:
+    """Raise a usage error for a device that is not here."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise click.BadParameter(f"{device!r}, expected cpu, cuda or cuda:N", param_hint="--device") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("no CUDA device is available; expected cpu", param_hint="--device")

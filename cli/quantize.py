@@ -1,0 +1,88 @@
+"""qoq quantize: a checkpoint from a model."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qoq.cli.output import check_device, common_options, note, print_json
+
+if TYPE_CHECKING:
+    from qoq.recipe import Recipe
+
+
+@click.command()
+@click.option("--model", required=True, help="Folder, hub id, .gguf file, or smollm2-135m.")
+@click.option("--output", type=click.Path(path_type=Path), help="New folder.  [default: ./NAME-QoQ-gSIZE]")
+@click.option("--recipe", "recipe_name", default="qoq-g128", show_default=True, help="Name or YAML file.")
+@click.option(
+    "--group-size", type=click.Choice(["128", "64", "-1"]), help="Instead of the recipe's; -1 is per channel."
+)
+@click.option("--calib-dataset", help="Name, .txt, .jsonl or .parquet, instead of the recipe's.")
+@click.option("--nsamples", type=click.IntRange(min=1), help="Calibration samples.")
+@click.option("--seqlen", type=click.IntRange(min=2), help="Tokens in a sample.")
+@click.option("--seed", type=int, help="Of everything random.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
+@common_options
+def quantize(
+    model: str,
+    output: Path | None,
+    recipe_name: str,
+    device: str,
+    resume: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+    **overrides: Any,
+) -> None:
+    """Quantize a model to a W4A8KV4 checkpoint in QServe's layout."""
+    from tqdm import tqdm
+
+    from qoq import recipe
+    from qoq.calibration import pipeline
+    from qoq.models.source import open_source
+
+    check_device(device)
+    settings = override(recipe.load(recipe_name), **overrides)
+    source = open_source(model, trust_remote_code)
+    output = output or Path(f"{model.rstrip('/').split('/')[-1]}-QoQ-{layout(settings.group_size)}")
+    plan = pipeline.plan(source, settings)
+    note(plan.line(output))
+    with tqdm(total=plan.layers, unit="layer", disable=None) as bar:
+
+        def on_layer(report: Mapping[str, Any]) -> None:
+            bar.set_postfix_str(f"loss {report['loss']:.4f}")
+            bar.update()
+            if bar.disable:
+                note(f"layer {report['layer']}: loss {report['loss']:.5f}, {report['seconds']:.1f} s")
+
+        report = pipeline.quantize(source, output, settings, device=device, resume=resume, on_layer=on_layer)
+    note(
+        f"{output}: {report['seconds']:.0f} s, peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB, "
+        f"verified bit for bit; loss after the last layer {report['layers'][-1]['loss']:.4f}"
+    )
+    if as_json:
+        keys = ("seconds", "peak_rss_bytes", "peak_gpu_bytes", "layers")
+        print_json({"output": str(output), "recipe": settings.name} | {key: report[key] for key in keys})
+
+
+def override(settings: "Recipe", group_size: str | None, calib_dataset: str | None, **numbers: int | None) -> "Recipe":
+    """The recipe with what the command line says instead."""
+    own = {"seed": numbers.pop("seed"), "group_size": None if group_size is None else int(group_size)}
+    calibration = {"dataset": calib_dataset, **numbers}
+    return dataclasses.replace(
+        settings,
+        calibration=dataclasses.replace(settings.calibration, **_given(calibration)),
+        **_given(own),
+    )
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def layout(group_size: int) -> str:
+    return "channel" if group_size == -1 else f"g{group_size}"

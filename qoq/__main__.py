@@ -1,0 +1,3 @@
+from qoq.cli.main import main
+
+main()

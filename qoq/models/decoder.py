@@ -1,0 +1,179 @@
+"""The decoder's forward pass, once, for calibration, simulation and the CPU runtime.
+
+They differ in what a linear is (float, fake-quantized, packed integers) and in what the attention sees of K and
+V. Values are rounded to the dtype of x between the steps; norms, SwiGLU and RoPE compute in float32 or wider.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qoq.models.architecture import LINEARS, ModelSpec
+from qoq.quant import QuantizedLinear, fp16, quantize_kv, quantize_rows
+
+Linear = Callable[[Tensor], Tensor]
+# (layer, k, v) of the new tokens -> all keys and values that attention may see, both (B, Hkv, T, D)
+Cache = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rope = tuple[Tensor, Tensor]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight over the last dimension, in the dtype of x."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, in the dtype of gate."""
+    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate pairs (i, i + D/2) of x (B, H, T, D) by the angles of rope: cos and sin, (T, D) each."""
+    cos, sin = rope
+    wide = _wide(x)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def rotary_embedding(config: Any) -> Callable[[Tensor], Rope]:
+    """positions (T,) int64 -> cos, sin (T, D) float32, with the scaling the config asks for."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    module = LlamaRotaryEmbedding(config)
+
+    def rope(positions: Tensor) -> Rope:
+        cos, sin = module.to(positions.device)(torch.empty(0, device=positions.device), positions[None])
+        return cos[0], sin[0]
+
+    return rope
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Causal attention of q (B, Hq, Tq, D) over k, v (B, Hkv, Tk, D) -> (B, Tq, Hq * D).
+
+    The queries are the last Tq of Tk positions. `dtype` is what is computed in; the result has the dtype of q.
+    """
+    tq, tk = q.shape[2], k.shape[2]
+    mask = None
+    if tq != tk or (window is not None and tk > window):
+        query = torch.arange(tk - tq, tk, device=q.device)[:, None]
+        key = torch.arange(tk, device=q.device)
+        mask = key <= query
+        if window is not None:
+            mask &= key > query - window
+    to = dtype or q.dtype
+    out = F.scaled_dot_product_attention(
+        q.to(to), k.to(to), v.to(to), attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(2).to(q.dtype)
+
+
+@dataclass
+class Block:
+    """One decoder layer. `norms` and `linears` go by their HF names within the layer."""
+
+    spec: ModelSpec
+    index: int
+    norms: Mapping[str, Tensor]
+    linears: Mapping[str, Linear]
+    attention_dtype: torch.dtype | None = None
+    taps: dict[str, Callable[[Tensor], None]] = field(default_factory=dict)  # what to call with an intermediate
+
+    def tap(self, name: str, x: Tensor) -> Tensor:
+        if name in self.taps:
+            self.taps[name](x)
+        return x
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return rms_norm(x, self.norms[name], self.spec.rms_norm_eps)
+
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        return self.linears[f"self_attn.{name}_proj"](x).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+
+    def attend(self, x: Tensor, rope: Rope, cache: Cache | None) -> Tensor:
+        """Normed input (B, T, hidden) -> the input of o_proj (B, T, Hq * D)."""
+        q, k, v = (self._heads(name, x) for name in "qkv")
+        if self.spec.qk_norm:
+            q, k = self._norm("self_attn.q_norm", q), self._norm("self_attn.k_norm", k)
+        q, k = apply_rope(q, rope), self.tap("keys", apply_rope(k, rope))
+        if cache is not None:
+            k, v = cache(self.index, k, v)
+        return attention(q, k, v, self.spec.windows[self.index], self.attention_dtype)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Normed input (B, T, hidden) -> the input of down_proj (B, T, intermediate)."""
+        return silu_mul(self.linears["mlp.gate_proj"](x), self.linears["mlp.up_proj"](x))
+
+    def __call__(self, x: Tensor, rope: Rope, cache: Cache | None = None) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden)."""
+        x = x + self.linears["self_attn.o_proj"](self.attend(self._norm("input_layernorm", x), rope, cache))
+        return x + self.linears["mlp.down_proj"](self.feed(self._norm("post_attention_layernorm", x)))
+
+
+@dataclass
+class Decoder:
+    """A whole model: (B, T) ids -> (B, T, vocab) float32 logits."""
+
+    embedding: Tensor  # (vocab, hidden), the dtype the residual stream has
+    blocks: Sequence[Block]
+    norm: Tensor  # (hidden,)
+    lm_head: Tensor  # (vocab, hidden) float32
+    rope: Callable[[Tensor], Rope]
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
+        """The tokens stand at positions start, start + 1, ...; earlier ones must be in the cache."""
+        x = self.embedding[ids]
+        rope = self.rope(torch.arange(start, start + ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x, rope, cache)
+        return F.linear(rms_norm(x, self.norm, self.blocks[0].spec.rms_norm_eps).float(), self.lm_head)
+
+
+def float_linears(spec: ModelSpec, layer: Mapping[str, Tensor]) -> dict[str, Linear]:
+    """Plain linears over the weights of `layer` (`<name>.weight`, `<name>.bias`)."""
+
+    def linear(name: str) -> Linear:
+        weight, bias = layer[f"{name}.weight"], layer.get(f"{name}.bias")
+        return lambda x: F.linear(x, weight, bias)
+
+    return {name: linear(name) for name in LINEARS}
+
+
+def float_block(spec: ModelSpec, index: int, layer: Mapping[str, Tensor]) -> Block:
+    """The layer in full precision."""
+    norms = {name: layer[f"{name}.weight"] for name in spec.norm_shapes()}
+    return Block(spec, index, norms, float_linears(spec, layer))
+
+
+def simulated_block(
+    spec: ModelSpec, index: int, norms: Mapping[str, Tensor], linears: Mapping[str, QuantizedLinear]
+) -> Block:
+    """The layer in float arithmetic on quantized values: weights, and the input of each linear (A8)."""
+
+    def linear(quantized: QuantizedLinear) -> Linear:
+        weight = quantized.weight.dequantize()
+        bias = None if quantized.bias is None else quantized.bias.float()
+
+        def forward(x: Tensor) -> Tensor:
+            rows = quantize_rows(x.flatten(0, -2)).dequantize()
+            return F.linear(rows, weight, bias).unflatten(0, x.shape[:-1])
+
+        return forward
+
+    floats = {name: norm.float() for name, norm in norms.items()}
+    return Block(spec, index, floats, {name: linear(quantized) for name, quantized in linears.items()})
+
+
+def simulated_cache(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A `Cache` without memory: what KV4 makes of the tokens at hand."""
+    return quantize_kv(fp16(k)).dequantize().to(k.dtype), quantize_kv(fp16(v)).dequantize().to(v.dtype)

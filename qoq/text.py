@@ -1,0 +1,84 @@
+"""Text for calibration and evaluation: bundled, from a file, or from the hub."""
+
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+from qoq.errors import DataError
+
+BUNDLED = {"c4": "c4.jsonl"}  # name -> file in calibration/text
+# name -> path and configuration on the hub, and the only split it has, if there is only one
+HUB_DATASETS: dict[str, tuple[str, str | None, str | None]] = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
+    "pileval": ("mit-han-lab/pile-val-backup", None, "validation"),
+}
+
+
+def documents(dataset: str, split: str = "train") -> Iterator[str]:
+    """The texts of a bundled name, a file (.txt, .raw, .jsonl, .parquet) or a split of a data set on the hub.
+
+    A .txt file is one document. A .raw file is WikiText's: its lines are the rows of the data set.
+
+    Raises:
+        DataError: no such data set, or a file of another form.
+    """
+    path = Path(dataset).expanduser()
+    if dataset in BUNDLED:
+        text = resources.files("qoq.calibration").joinpath("text", BUNDLED[dataset]).read_text(encoding="utf-8")
+        return _json_lines(text, dataset)
+    if path.suffix in (".txt", ".raw", ".jsonl", ".parquet"):
+        if not path.is_file():
+            raise DataError(f"{dataset}: no such file")
+        if path.suffix == ".parquet":
+            return _parquet(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{dataset}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        if path.suffix == ".raw":
+            return (line + "\n" if line.strip() else "" for line in text.split("\n")[:-1])
+        return _json_lines(text, dataset) if path.suffix == ".jsonl" else iter((text,))
+    return _hub(dataset, split)
+
+
+def _json_lines(text: str, where: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f'{where}, line {number}: expected an object with a "text" key') from None
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'qoq[eval]'") from None
+    try:
+        column = pyarrow.parquet.read_table(path, columns=["text"]).column("text")
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{path}: no parquet file with a text column ({str(error).splitlines()[0]})") from None
+    return (value.as_py() for value in column)
+
+
+def _hub(name: str, split: str) -> Iterator[str]:
+    where, config, only_split = HUB_DATASETS.get(name, (name, None, None))
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"{name}: no such file, and hub data sets need pip install 'qoq[eval]'") from None
+    try:
+        stream = load_dataset(where, config, split=only_split or split, streaming=True)
+        first = next(iter(stream))
+    except Exception as error:  # the hub, its client and the builder raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{name}: not a bundled text ({', '.join(BUNDLED)}), a .txt, .jsonl or .parquet file, "
+            f"or a data set the hub gives ({reason})"
+        ) from None
+    if "text" not in first:
+        raise DataError(f"{name}: no column 'text'; it has {', '.join(first)}")
+    return (row["text"] for row in stream)
