@@ -5,7 +5,6 @@ unit norm gains RMSNorm commutes with R, so nothing is left to do at run time. Q
 """
 
 import math
-from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -138,11 +137,12 @@ def rotate_values(layer: Layer, spec: ModelSpec, h: Tensor) -> None:
     layer["self_attn.o_proj.weight"] = (columns @ h).flatten(1).to(o.dtype)
 
 
-def rotate_rows(weight: Tensor, r: Tensor, gain: Tensor | None = None) -> Tensor:
-    """(W diag(gain)) R for a tall W (rows, hidden), in its dtype; float64 in slices of rows."""
-    parts = (part.double() if gain is None else part.double() * gain.double() for part in _slices(weight))
-    return torch.cat([(part @ r).to(weight.dtype) for part in parts])
+def rotate_rows(weight: Tensor, r: Tensor) -> Tensor:
+    """W R, in the dtype of W."""
+    return (weight.double() @ r).to(weight.dtype)
 
 
-def _slices(weight: Tensor) -> Iterator[Tensor]:
-    yield from weight.split(ROWS_AT_ONCE)
+def rotate_matrix(matrix: Tensor, r: Tensor, gain: Tensor | None = None) -> Tensor:
+    """(W diag(gain)) R of an embedding or lm_head (vocab, hidden), float32 on the CPU; in slices of rows."""
+    scaled = r if gain is None else gain.to(r)[:, None] * r
+    return torch.cat([(rows.to(scaled) @ scaled).float().cpu() for rows in matrix.split(ROWS_AT_ONCE)])

@@ -82,7 +82,7 @@ def _identity(checkpoint: "Checkpoint") -> dict[str, Any]:
     spec, group = checkpoint.spec, checkpoint.group_size
     report = checkpoint.report()
     embeddings = 2 * 2 * spec.vocab_size * spec.hidden_size
-    linear_bytes = size_in_bytes(spec, group) - embeddings
+    linear_bytes = size_in_bytes(spec, group, checkpoint.kv_cache) - embeddings
     return {
         "format": "QServe W4A8, " + ("per channel" if group == -1 else f"groups of {group}"),
         "group_size": group,

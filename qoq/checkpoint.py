@@ -11,6 +11,7 @@ quantization_config, open too.
 """
 
 import json
+import operator
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -24,13 +25,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qoq import packing
-from qoq.errors import CheckpointError, OutputError, QuantizationError
+from qoq.errors import CheckpointError, OutputError, QuantizationError, RecipeError
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, ModelSpec, model_spec
+from qoq.models.decoder import KVTransform, QuantizedLayer
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedWeight, check_legal
+from qoq.recipe import KVCache
 
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+OFFSETS = ("self_attn.k_offset", "self_attn.v_offset")  # of the cache quantizer, QServe has none
 DTYPES = {"F16": torch.float16, "I8": torch.int8, "F32": torch.float32, "BF16": torch.bfloat16}
 
 
@@ -70,7 +74,9 @@ def linear_tensors(n: int, k: int, group_size: int, bias: bool) -> dict[str, tup
     return tensors
 
 
-def expected_tensors(spec: ModelSpec, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def expected_tensors(
+    spec: ModelSpec, group_size: int, kv_cache: KVCache
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Every tensor of a checkpoint -> dtype and shape."""
     half, hidden = torch.float16, spec.hidden_size
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {EMBEDDING: (half, (spec.vocab_size, hidden))}
@@ -78,6 +84,9 @@ def expected_tensors(spec: ModelSpec, group_size: int) -> dict[str, tuple[torch.
         prefix = f"model.layers.{index}."
         for norm, length in spec.norm_shapes().items():
             tensors[f"{prefix}{norm}.weight"] = (half, (length,))
+        if kv_cache.offset:
+            for name in OFFSETS:
+                tensors[prefix + name] = (half, (spec.num_kv_heads, spec.head_dim))
         for name in LINEARS:
             parts = linear_tensors(*spec.linear_shape(name), group_size, name in spec.biases)
             tensors |= {f"{prefix}{name}.{suffix}": kind for suffix, kind in parts.items()}
@@ -86,9 +95,9 @@ def expected_tensors(spec: ModelSpec, group_size: int) -> dict[str, tuple[torch.
     return tensors
 
 
-def size_in_bytes(spec: ModelSpec, group_size: int) -> int:
+def size_in_bytes(spec: ModelSpec, group_size: int, kv_cache: KVCache) -> int:
     """Bytes of all tensors of a checkpoint."""
-    kinds = expected_tensors(spec, group_size).values()
+    kinds = expected_tensors(spec, group_size, kv_cache).values()
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in kinds)
 
 
@@ -141,7 +150,7 @@ def to_fp16(name: str, tensor: Tensor) -> Tensor:
     return half
 
 
-def quantization_config(group_size: int) -> dict[str, Any]:
+def quantization_config(group_size: int, kv_cache: KVCache) -> dict[str, Any]:
     """What config.json says of the checkpoint; the first three keys are what QServe's users had to write by hand."""
     return {
         "quant_method": "qoq",
@@ -153,9 +162,9 @@ def quantization_config(group_size: int) -> dict[str, Any]:
             "bits": 4,
             "granularity": "token_head",
             "symmetric": False,
-            "rotation": None,
-            "offset": False,
-            "clip_ratios": [1],
+            "rotation": "hadamard" if kv_cache.rotate else None,
+            "offset": kv_cache.offset,
+            "clip_ratios": list(kv_cache.clip_ratios),
         },
         "modules_to_not_convert": ["lm_head"],
     }
@@ -190,7 +199,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: no config.json; expected a checkpoint folder")
         try:
             return AutoConfig.from_pretrained(self.folder)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # transformers raises many kinds here
             raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
 
     @cached_property
@@ -209,10 +218,23 @@ class Checkpoint:
             )
         return found
 
+    @cached_property
+    def kv_cache(self) -> KVCache:
+        """What the cache quantizer does; a folder of QServe's says nothing and has the plain one."""
+        declared = (getattr(self.config, "quantization_config", None) or {}).get("kv_cache") or {}
+        try:
+            ratios = tuple(float(ratio) for ratio in declared.get("clip_ratios", [1.0]))
+            known = declared.get("rotation") in (None, "hadamard") and declared.get("bits", 4) == 4
+            if not known:
+                raise ValueError("rotation must be null or 'hadamard', bits 4")
+            return KVCache(declared.get("rotation") == "hadamard", bool(declared.get("offset")), ratios)
+        except (ValueError, TypeError, AttributeError, RecipeError) as error:
+            raise CheckpointError(f"{self.folder}/config.json: quantization_config.kv_cache: {error}") from None
+
     def header_problems(self) -> list[str]:
         """What names, shapes and dtypes say is wrong, one line each."""
         problems = []
-        for name, (dtype, shape) in expected_tensors(self.spec, self.group_size).items():
+        for name, (dtype, shape) in expected_tensors(self.spec, self.group_size, self.kv_cache).items():
             entry = self.entries.get(name)
             if entry is None:
                 problems.append(f"{self.folder}: tensor {name} is missing")
@@ -232,9 +254,15 @@ class Checkpoint:
         suffixes = linear_tensors(*self.spec.linear_shape(name), self.group_size, name in self.spec.biases)
         return unpack_linear(full, {f"{full}.{suffix}": self.tensor(f"{full}.{suffix}") for suffix in suffixes})
 
-    def norms(self, index: int) -> dict[str, Tensor]:
-        """Norm weights of layer `index` by their names within the layer, float16."""
-        return {name: self.tensor(f"model.layers.{index}.{name}.weight") for name in self.spec.norm_shapes()}
+    def layer(self, index: int) -> QuantizedLayer:
+        """Layer `index`, unpacked and checked."""
+        prefix = f"model.layers.{index}."
+        offsets = [self.tensor(prefix + name) for name in OFFSETS] if self.kv_cache.offset else []
+        return QuantizedLayer(
+            {name: self.linear(index, name) for name in LINEARS},
+            {name: self.tensor(f"{prefix}{name}.weight") for name in self.spec.norm_shapes()},
+            KVTransform(self.kv_cache.rotate, *offsets),
+        )
 
     def tokenizer(self) -> Any:
         from qoq.models.source import load_tokenizer
@@ -244,7 +272,13 @@ class Checkpoint:
     def report(self) -> dict[str, Any]:
         """qoq_report.json, empty where there is none."""
         path = self.folder / "qoq_report.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            report = json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not JSON ({error})") from None
+        if not isinstance(report, dict):
+            raise CheckpointError(f"{path}: expected an object")
+        return report
 
     def problems(self) -> Iterable[str]:
         """Read everything and yield one line for each fault: headers, finite values, legal groups."""
@@ -255,7 +289,7 @@ class Checkpoint:
                     self.linear(index, name)
                 except CheckpointError as error:
                     yield str(error)
-                except (KeyError, RuntimeError):
+                except (KeyError, RuntimeError, ValueError):
                     continue  # missing or misshapen: named above
         for name in (name for name, entry in self.entries.items() if entry.dtype == "F16"):
             try:
@@ -303,10 +337,11 @@ def read_header(path: Path) -> dict[str, Entry]:
         entries = {}
         for name, info in header.items():
             begin, end = info["data_offsets"]
-            entries[name] = Entry(path, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin)
+            shape = tuple(operator.index(n) for n in info["shape"])
+            entries[name] = Entry(path, str(info["dtype"]), shape, 8 + length + begin, end - begin)
             if not 0 <= begin <= end or 8 + length + end > size:
                 raise ValueError(f"{name} ends at byte {8 + length + end} of {size}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path}: truncated or damaged safetensors ({error})") from None
     return entries
 
@@ -325,19 +360,26 @@ def detect_group_size(entries: Mapping[str, Entry]) -> int | None:
     for name, entry in entries.items():
         if name.endswith(".s1_szeros"):
             return -1
-        if name.endswith(".s2_scales") and (codes := entries.get(name.replace("s2_scales", "qweight"))):
-            return codes.shape[-1] * 2 // max(entry.shape[0], 1)
+        codes = entries.get(name.replace("s2_scales", "qweight"))
+        if name.endswith(".s2_scales") and codes and len(codes.shape) == len(entry.shape) == 2 and all(entry.shape):
+            return max(1, codes.shape[1] * 2 // entry.shape[0])
     return None
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Whether a folder holds QoQ tensors (damaged or not)."""
+    """Whether a folder holds QoQ tensors, or, damaged, has a config that says so."""
     folder = Path(folder)
-    if not folder.is_dir():
-        return False
     try:
-        return detect_group_size(read_entries(folder)) is not None
+        found = detect_group_size(read_entries(folder))
     except CheckpointError:
+        found = None
+    return found is not None or _declares_qoq(folder)
+
+
+def _declares_qoq(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "qoq"
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qoq.checkpoint import Checkpoint
-from qoq.errors import DataError
+from qoq.errors import DataError, ModelError
 from qoq.models.source import Source
 from qoq.runtime.cache import KVCache
 from qoq.runtime.engine import greedy
@@ -94,17 +95,28 @@ def perplexity(
 
 
 class OriginalModel:
-    """The unquantized model through transformers: float32 on a CPU, its own dtype on a GPU."""
+    """The unquantized model through transformers: float32 on a CPU, its own dtype on a GPU.
+
+    Raises:
+        ModelError: weights are missing or damaged; transformers itself would fill gaps with random numbers.
+    """
 
     def __init__(self, source: Source, device: str = "cpu"):
         from transformers import AutoModelForCausalLM
 
         self.device = device
-        self.model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=torch.float32 if device == "cpu" else "auto",
-            trust_remote_code=source.trust_remote_code,
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=torch.float32 if device == "cpu" else "auto",
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+            raise ModelError(f"{source.name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        self.model, loading = loaded
+        if loading["missing_keys"]:
+            raise ModelError(f"{source.name}: tensor {sorted(loading['missing_keys'])[0]} is missing")
         self.model.to(torch.device(device))  # type: ignore[arg-type]
 
     @torch.inference_mode()
@@ -123,11 +135,12 @@ class OriginalModel:
 class QuantizedModel:
     """A checkpoint through float fake quantization (`simulate`) or packed integers (`runtime`)."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: str):
-        self.decoder = load(checkpoint, simulate=backend == "simulate")
+    def __init__(self, checkpoint: Checkpoint, backend: str, device: str = "cpu"):
+        self.device = device
+        self.decoder = load(checkpoint, backend == "simulate", device)
 
     def logits(self, ids: Tensor) -> Tensor:
-        return self.decoder(ids, KVCache(len(self.decoder.blocks)))
+        return self.decoder(ids.to(self.device), KVCache(len(self.decoder.blocks), self.decoder.clip_ratios))
 
     def stream(self, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
         return greedy(self.decoder, token_ids, max_tokens)

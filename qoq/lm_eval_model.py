@@ -68,7 +68,7 @@ class QoqLM(TemplateLM):
         """Greedy text up to the first stop string or the end-of-text token."""
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        room = int(options.get("max_gen_toks", MAX_GENERATED_TOKENS))
+        room = min(int(options.get("max_gen_toks", MAX_GENERATED_TOKENS)), self.max_length - 1)
         ids: list[int] = []
         text = ""
         for token in self.model.stream(self.tok_encode(context)[-(self.max_length - room) :], room):

@@ -49,7 +49,7 @@ def unpack_level2(packed: Tensor) -> Tensor:
     """(G, N) int8 -> (N, G) int32 in natural order, values in [-128, 127]."""
     groups, n = packed.shape
     natural = packed.view(groups, n // TILE, 8, 4).transpose(2, 3).reshape(groups, n)
-    return natural.T.to(torch.int32)
+    return natural.T.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def pack_zeros(z: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ G = K / group_size groups. Sources: QServe (arXiv 2405.04532), sections 4.1 (pro
 and 4.2 (KV4); integer products accumulate in int32, so every implementation of the GEMM gives the same bits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qoq.errors import QuantizationError
@@ -113,6 +115,11 @@ class QuantizedLinear:
     weight: QuantizedWeight
     bias: Tensor | None  # (N,) float16
 
+    def to(self, device: str | torch.device) -> "QuantizedLinear":
+        """The same linear on a device."""
+        moved = (tensor.to(device) for tensor in vars(self.weight).values())
+        return QuantizedLinear(type(self.weight)(*moved), None if self.bias is None else self.bias.to(device))
+
     def __call__(self, x: Tensor) -> Tensor:
         """(..., K) float -> (..., N) float16, by the integer GEMM."""
         rows, weight = quantize_rows(x.flatten(0, -2)), self.weight
@@ -123,14 +130,14 @@ class QuantizedLinear:
         return y.unflatten(0, x.shape[:-1])
 
 
-def _guarded_scale(scale: Tensor) -> Tensor:
+def guarded_scale(scale: Tensor) -> Tensor:
     """fp16 scale, never subnormal; 1 where the row is zero."""
     return torch.where(scale == 0, 1.0, fp16(scale.clamp(min=SMALLEST_NORMAL_FP16)).float()).to(torch.float16)
 
 
 def row_scales(w: Tensor) -> Tensor:
     """Level-1 scales of grouped weights: (N, K) float32 -> (N,) float16."""
-    return _guarded_scale(w.abs().amax(dim=1) / PROTECTIVE_RANGE)
+    return guarded_scale(w.abs().amax(dim=1) / PROTECTIVE_RANGE)
 
 
 def round_grouped(w: Tensor, group_size: int) -> GroupedWeight:
@@ -150,7 +157,7 @@ def round_channel(w: Tensor) -> ChannelWeight:
     """Per-channel rounding of w (N, K) float32 with an integer u4 zero point."""
     high = w.amax(dim=1).clamp(min=0)
     low = w.amin(dim=1).clamp(max=0)
-    s1 = _guarded_scale((high - low) / 15)
+    s1 = guarded_scale((high - low) / 15)
     scale = s1.float()
     z4 = (-low / scale).round().clamp(0, 15)
     codes = ((w / scale[:, None]).round() + z4[:, None]).clamp(0, 15)
@@ -240,17 +247,65 @@ class QuantizedKV:
         return self.codes.float() * self.scale.float()[..., None] + self.minimum.float()[..., None]
 
 
-def quantize_kv(x: Tensor, bits: int = 4) -> QuantizedKV:
+def quantize_kv(x: Tensor, bits: int = 4, clip_ratios: Sequence[float] = (1.0,)) -> QuantizedKV:
     """Quantize rows x (..., D), rounded to fp16 first, asymmetrically to `bits` bits over D.
 
-    A constant row is exact. NaN and Inf propagate as NaN through scale and minimum.
+    Each ratio r shrinks [min, max] around its centre; the one of least squared error is kept, the earlier one on
+    a tie. Every operation is rounded to float32, and the squares are summed by halving (`sum_by_halves`), so that
+    all implementations agree. A constant row is exact. NaN and Inf propagate as NaN.
     """
     x = fp16(x).float()
+    best, *others = (_quantize_range(x, bits, ratio) for ratio in clip_ratios)
+    if not others:
+        return best
+    least = _squared_error(best, x)
+    for candidate in others:
+        error = _squared_error(candidate, x)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = QuantizedKV(
+            torch.where(better[..., None], candidate.codes, best.codes),
+            torch.where(better, candidate.scale, best.scale),
+            torch.where(better, candidate.minimum, best.minimum),
+        )
+    return best
+
+
+def _quantize_range(x: Tensor, bits: int, ratio: float) -> QuantizedKV:
     levels = 2**bits - 1
-    low, high = x.amin(dim=-1), x.amax(dim=-1)
-    minimum = fp16(low)
-    scale = fp16((high - low) / levels)
+    low, width = x.amin(dim=-1), x.amax(dim=-1) - x.amin(dim=-1)
+    minimum = fp16(low + width * ((1 - ratio) / 2))
+    scale = fp16(width * ratio / levels)
     divisor = scale.float()[..., None]
     steps = (x - minimum.float()[..., None]) / torch.where(divisor == 0, 1.0, divisor)
     codes = torch.where(divisor == 0, 0.0, steps).round().clamp(0, levels).nan_to_num(0.0)
     return QuantizedKV(codes.to(torch.uint8), scale, minimum)
+
+
+def _squared_error(rows: QuantizedKV, x: Tensor) -> Tensor:
+    return sum_by_halves((rows.dequantize() - x).square())
+
+
+def sum_by_halves(x: Tensor) -> Tensor:
+    """Sum over the last dimension, padded with zeros to a power of two: first half plus second half, repeatedly."""
+    x = F.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
+    while x.shape[-1] > 1:
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x[..., 0]
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Rotate the last dimension D by the normalised Hadamard matrix, in float32, to the dtype of x.
+
+    Butterflies of stride 1, 2, 4, ... and then one multiplication. Where D is no power of two (96), blocks of its
+    largest power of two (32) are rotated.
+    """
+    block = x.shape[-1] & -x.shape[-1]
+    rows = x.float().unflatten(-1, (-1, block))
+    stride = 1
+    while stride < block:
+        pairs = rows.unflatten(-1, (-1, 2, stride))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        rows = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        stride *= 2
+    return (rows * block**-0.5).flatten(-2).to(x.dtype)

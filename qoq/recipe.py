@@ -1,6 +1,7 @@
 """Recipes: the settings of a quantization run, frozen and validated. A YAML file is exactly these dataclasses."""
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -29,23 +30,43 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class SmoothAttention:
-    """Divide post-RoPE keys by max|K| ** alpha and multiply queries by it (QServe 4.2)."""
+class KVCache:
+    """What the 4-bit cache quantizer does; see `models.decoder.KVTransform` and `quant.quantize_kv`."""
 
-    alpha: float = 0.5
+    rotate: bool = False  # Hadamard of keys and queries after RoPE
+    offset: bool = False  # calibrated key and value offsets
+    clip_ratios: tuple[float, ...] = (1.0,)  # tried for each row
 
     def __post_init__(self) -> None:
-        _require(0 <= self.alpha <= 1, "smooth_attention.alpha", self.alpha, "between 0 and 1")
+        ok = bool(self.clip_ratios) and all(0 < ratio <= 1 for ratio in self.clip_ratios)
+        _require(ok, "kv_cache.clip_ratios", list(self.clip_ratios), "numbers above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How weights get their codes; see `calibration.weights`."""
+
+    grid: str = "round"  # or "search": the best legal (s2, z) of each group
+    gptq: bool = False
+    asymmetric: float = 0.0  # how far to aim at the full-precision model's output from the quantized model's input
+
+    def __post_init__(self) -> None:
+        _require(self.grid in ("round", "search"), "weights.grid", self.grid, "'round' or 'search'")
+        _require(0 <= self.asymmetric <= 1, "weights.asymmetric", self.asymmetric, "between 0 and 1")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to make a W4A8KV4 checkpoint."""
 
-    name: str = "qoq-g128"
+    name: str
     group_size: int = 128
-    rotate: bool = True
-    smooth_attention: SmoothAttention | None = field(default_factory=SmoothAttention)
+    rotate: bool = False  # residual stream and value heads, by Hadamard matrices; norms folded
+    smooth_attention: bool = False  # scale key channels down and queries up, exponents searched for each layer
+    smooth_down: bool = False  # scale the input of down_proj, exponents searched for each layer
+    reorder: bool = False  # sort the input channels of down_proj, so that like ones share a group
+    kv_cache: KVCache = field(default_factory=KVCache)
+    weights: Weights = field(default_factory=Weights)
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
 
@@ -68,7 +89,11 @@ def load(name_or_path: str) -> Recipe:
         path = Path(name_or_path)
         if not path.is_file():
             raise RecipeError(f"{name_or_path}: no such recipe file")
-        return parse(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return parse(text, str(path))
     if name_or_path not in names():
         raise RecipeError(f"{name_or_path!r}: no such recipe; there are {', '.join(names())}, or a .yaml file")
     text = resources.files("qoq.recipes").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
@@ -95,7 +120,12 @@ def parse(text: str, where: str = "recipe") -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """YAML text that `parse` reads back to an equal recipe."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False)
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The settings as JSON has them: no tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def _build(cls: type, data: Any, prefix: str) -> Any:
@@ -105,7 +135,14 @@ def _build(cls: type, data: Any, prefix: str) -> Any:
     unknown = [str(key) for key in data if key not in hints]
     if unknown:
         raise RecipeError(f"unknown key {prefix}{unknown[0]}; known are {', '.join(hints)}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in data and _has_no_default(f)]
+    if missing:
+        raise RecipeError(f"key {prefix}{missing[0]} is missing")
     return cls(**{key: _value(hints[key], value, prefix + key) for key, value in data.items()})
+
+
+def _has_no_default(item: dataclasses.Field) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:

@@ -42,14 +42,17 @@ def documents(dataset: str, split: str = "train") -> Iterator[str]:
     return _hub(dataset, split)
 
 
-def _json_lines(text: str, where: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _json_lines(content: str, where: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)["text"]
+            text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError):
-            raise DataError(f'{where}, line {number}: expected an object with a "text" key') from None
+            text = None
+        if not isinstance(text, str):
+            raise DataError(f'{where}, line {number}: expected an object with a "text" key that holds a string')
+        yield text
 
 
 def _parquet(path: Path) -> Iterator[str]:

@@ -5,7 +5,7 @@ V. Values are rounded to the dtype of x between the steps; norms, SwiGLU and RoP
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qoq.models.architecture import LINEARS, ModelSpec
-from qoq.quant import QuantizedLinear, fp16, quantize_kv, quantize_rows
+from qoq.quant import QuantizedLinear, hadamard, quantize_kv, quantize_rows
 
 Linear = Callable[[Tensor], Tensor]
 # (layer, k, v) of the new tokens -> all keys and values that attention may see, both (B, Hkv, T, D)
@@ -77,6 +77,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, dtype: torch.
     return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
+@dataclass(frozen=True)
+class KVTransform:
+    """What the cache quantizer may do to K and V without changing attention (QuaRot; softmax's symmetries).
+
+    Subtracting one vector from all keys of a head adds a constant to all its scores; K and Q rotate alike; what
+    is taken from all values comes back once, since probabilities sum to one.
+    """
+
+    rotate: bool
+    k_offset: Tensor | None = None  # (Hkv, D)
+    v_offset: Tensor | None = None  # (Hkv, D)
+
+    def to(self, device: str | torch.device) -> "KVTransform":
+        """The same transform on a device."""
+        offsets = (None if x is None else x.to(device) for x in (self.k_offset, self.v_offset))
+        return KVTransform(self.rotate, *offsets)
+
+    def enter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, Hq, T, D), k and v (B, Hkv, T, D) after RoPE -> what attention is computed with."""
+        if self.k_offset is not None:
+            k = k.float() - self.k_offset[:, None]
+        if self.v_offset is not None:
+            v = (v.float() - self.v_offset[:, None]).to(v.dtype)
+        if self.rotate:
+            q, k = hadamard(q), hadamard(k)
+        return q, k.to(q.dtype), v
+
+    def leave(self, out: Tensor) -> Tensor:
+        """(B, T, Hq * D): give the value offset back."""
+        if self.v_offset is None:
+            return out
+        repeats = out.shape[-1] // self.v_offset.numel()
+        return (out.float() + self.v_offset.repeat_interleave(repeats, dim=0).flatten()).to(out.dtype)
+
+
 @dataclass
 class Block:
     """One decoder layer. `norms` and `linears` go by their HF names within the layer."""
@@ -85,38 +120,47 @@ class Block:
     index: int
     norms: Mapping[str, Tensor]
     linears: Mapping[str, Linear]
+    kv: KVTransform | None = None
     attention_dtype: torch.dtype | None = None
-    taps: dict[str, Callable[[Tensor], None]] = field(default_factory=dict)  # what to call with an intermediate
 
-    def tap(self, name: str, x: Tensor) -> Tensor:
-        if name in self.taps:
-            self.taps[name](x)
-        return x
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
+    def norm(self, name: str, x: Tensor) -> Tensor:
         return rms_norm(x, self.norms[name], self.spec.rms_norm_eps)
 
-    def _heads(self, name: str, x: Tensor) -> Tensor:
-        return self.linears[f"self_attn.{name}_proj"](x).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+    def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed input (B, T, hidden) -> queries (B, Hq, T, D), keys and values (B, Hkv, T, D), after RoPE."""
+        q, k, v = (
+            self.linears[f"self_attn.{name}_proj"](x).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+            for name in "qkv"
+        )
+        if self.spec.qk_norm:
+            q, k = self.norm("self_attn.q_norm", q), self.norm("self_attn.k_norm", k)
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
     def attend(self, x: Tensor, rope: Rope, cache: Cache | None) -> Tensor:
         """Normed input (B, T, hidden) -> the input of o_proj (B, T, Hq * D)."""
-        q, k, v = (self._heads(name, x) for name in "qkv")
-        if self.spec.qk_norm:
-            q, k = self._norm("self_attn.q_norm", q), self._norm("self_attn.k_norm", k)
-        q, k = apply_rope(q, rope), self.tap("keys", apply_rope(k, rope))
+        q, k, v = self.heads(x, rope)
+        if self.kv is not None:
+            q, k, v = self.kv.enter(q, k, v)
         if cache is not None:
             k, v = cache(self.index, k, v)
-        return attention(q, k, v, self.spec.windows[self.index], self.attention_dtype)
+        out = attention(q, k, v, self.spec.windows[self.index], self.attention_dtype)
+        return out if self.kv is None else self.kv.leave(out)
 
     def feed(self, x: Tensor) -> Tensor:
         """Normed input (B, T, hidden) -> the input of down_proj (B, T, intermediate)."""
         return silu_mul(self.linears["mlp.gate_proj"](x), self.linears["mlp.up_proj"](x))
 
+    def attention_half(self, x: Tensor, rope: Rope, cache: Cache | None) -> Tensor:
+        """x (B, T, hidden) plus what attention adds."""
+        return x + self.linears["self_attn.o_proj"](self.attend(self.norm("input_layernorm", x), rope, cache))
+
+    def mlp_half(self, x: Tensor) -> Tensor:
+        """x (B, T, hidden) plus what the MLP adds."""
+        return x + self.linears["mlp.down_proj"](self.feed(self.norm("post_attention_layernorm", x)))
+
     def __call__(self, x: Tensor, rope: Rope, cache: Cache | None = None) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden)."""
-        x = x + self.linears["self_attn.o_proj"](self.attend(self._norm("input_layernorm", x), rope, cache))
-        return x + self.linears["mlp.down_proj"](self.feed(self._norm("post_attention_layernorm", x)))
+        return self.mlp_half(self.attention_half(x, rope, cache))
 
 
 @dataclass
@@ -128,6 +172,7 @@ class Decoder:
     norm: Tensor  # (hidden,)
     lm_head: Tensor  # (vocab, hidden) float32
     rope: Callable[[Tensor], Rope]
+    clip_ratios: Sequence[float] = (1.0,)  # of the cache quantizer
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
@@ -139,7 +184,7 @@ class Decoder:
         return F.linear(rms_norm(x, self.norm, self.blocks[0].spec.rms_norm_eps).float(), self.lm_head)
 
 
-def float_linears(spec: ModelSpec, layer: Mapping[str, Tensor]) -> dict[str, Linear]:
+def float_linears(layer: Mapping[str, Tensor]) -> dict[str, Linear]:
     """Plain linears over the weights of `layer` (`<name>.weight`, `<name>.bias`)."""
 
     def linear(name: str) -> Linear:
@@ -149,31 +194,57 @@ def float_linears(spec: ModelSpec, layer: Mapping[str, Tensor]) -> dict[str, Lin
     return {name: linear(name) for name in LINEARS}
 
 
-def float_block(spec: ModelSpec, index: int, layer: Mapping[str, Tensor]) -> Block:
-    """The layer in full precision."""
+def float_block(spec: ModelSpec, index: int, layer: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Block:
+    """The unquantized layer, computing in `dtype`."""
     norms = {name: layer[f"{name}.weight"] for name in spec.norm_shapes()}
-    return Block(spec, index, norms, float_linears(spec, layer))
+    return Block(spec, index, norms, float_linears({name: tensor.to(dtype) for name, tensor in layer.items()}))
 
 
-def simulated_block(
-    spec: ModelSpec, index: int, norms: Mapping[str, Tensor], linears: Mapping[str, QuantizedLinear]
-) -> Block:
-    """The layer in float arithmetic on quantized values: weights, and the input of each linear (A8)."""
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A decoder layer as a checkpoint holds it."""
 
-    def linear(quantized: QuantizedLinear) -> Linear:
-        weight = quantized.weight.dequantize()
-        bias = None if quantized.bias is None else quantized.bias.float()
+    linears: Mapping[str, QuantizedLinear]
+    norms: Mapping[str, Tensor]  # float16
+    kv: KVTransform  # offsets float16
 
-        def forward(x: Tensor) -> Tensor:
-            rows = quantize_rows(x.flatten(0, -2)).dequantize()
-            return F.linear(rows, weight, bias).unflatten(0, x.shape[:-1])
-
-        return forward
-
-    floats = {name: norm.float() for name, norm in norms.items()}
-    return Block(spec, index, floats, {name: linear(quantized) for name, quantized in linears.items()})
+    def to(self, device: str | torch.device) -> "QuantizedLayer":
+        """The same layer on a device."""
+        return QuantizedLayer(
+            {name: linear.to(device) for name, linear in self.linears.items()},
+            {name: norm.to(device) for name, norm in self.norms.items()},
+            self.kv.to(device),
+        )
 
 
-def simulated_cache(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A `Cache` without memory: what KV4 makes of the tokens at hand."""
-    return quantize_kv(fp16(k)).dequantize().to(k.dtype), quantize_kv(fp16(v)).dequantize().to(v.dtype)
+def simulated_block(spec: ModelSpec, index: int, layer: QuantizedLayer, dtype: torch.dtype) -> Block:
+    """The layer in float arithmetic on quantized values."""
+    linears = {name: simulated_linear(linear, dtype) for name, linear in layer.linears.items()}
+    return Block(spec, index, {name: norm.float() for name, norm in layer.norms.items()}, linears, layer.kv)
+
+
+def packed_block(spec: ModelSpec, index: int, layer: QuantizedLayer) -> Block:
+    """The layer in integer arithmetic, attention in float64."""
+    norms = {name: norm.float() for name, norm in layer.norms.items()}
+    return Block(spec, index, norms, layer.linears, layer.kv, torch.float64)
+
+
+def simulated_linear(linear: QuantizedLinear, dtype: torch.dtype) -> Linear:
+    """Float arithmetic on quantized values: the weight, and the input (A8)."""
+    weight = linear.weight.dequantize().to(dtype)
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        rows = quantize_rows(x.flatten(0, -2)).dequantize().to(dtype)
+        return F.linear(rows, weight, bias).unflatten(0, x.shape[:-1])
+
+    return forward
+
+
+def simulated_cache(clip_ratios: Sequence[float]) -> Cache:
+    """A cache without memory: what KV4 makes of the tokens at hand."""
+
+    def cache(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(quantize_kv(x, clip_ratios=clip_ratios).dequantize().to(x.dtype) for x in (k, v))  # type: ignore
+
+    return cache

@@ -50,7 +50,7 @@ class Source:
             raise ModelError(f"{self.name}: no config.json; expected a Hugging Face model folder")
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # transformers raises many kinds here
             raise ModelError(f"{self.name}: config.json cannot be read ({_first_line(error)})") from None
 
     def _find_files(self) -> dict[str, Path]:
@@ -59,16 +59,17 @@ class Source:
         if index.is_file():
             try:
                 weight_map = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
+                files = {name: self.folder / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"{index}: not a safetensors index ({_first_line(error)})") from None
-            missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
+            missing = sorted(path.name for path in set(files.values()) if not path.is_file())
             if missing:
                 raise ModelError(f"{self.name}: {missing[0]} is named by the index but is not there")
-            return {name: self.folder / file for name, file in weight_map.items()}
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
+            return files
+        paths = sorted(self.folder.glob("*.safetensors"))
+        if not paths:
             raise ModelError(f"{self.name}: no *.safetensors in {self.folder} (pickled weights are not read)")
-        return {name: path for path in files for name in tensor_names(path)}
+        return {name: path for path in paths for name in tensor_names(path)}
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, a copy of its own.
@@ -194,24 +195,28 @@ def convert_gguf(path: Path) -> Path:
     folder = user_cache_path("qoq") / "gguf" / f"{_sha256(path)[:16]}-v{CACHE_VERSION}"
     if (folder / "config.json").is_file():
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent))
-        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(made)
-    except (ImportError, ValueError, OSError) as error:
+        _unpack_gguf(path, made)
+        if not folder.exists():  # another process may have been faster
+            os.rename(made, folder)
+    except Exception as error:  # transformers and gguf raise many kinds here
         raise ModelError(f"{path}: GGUF cannot be read ({_first_line(error)})") from None
-    try:
-        os.rename(made, folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(made)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def _unpack_gguf(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
 def tensor_names(path: Path) -> list[str]:

@@ -1,5 +1,7 @@
 """The KV cache of one sequence on the CPU: 4-bit codes, two to a byte, with a scale and a minimum a token and head."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,15 +11,16 @@ from qoq.quant import QuantizedKV, quantize_kv
 class KVCache:
     """Called with the new keys and values of a layer, stores them and returns all as attention sees them."""
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, clip_ratios: Sequence[float] = (1.0,)):
+        self.clip_ratios = clip_ratios
         self.keys: list[list[QuantizedKV]] = [[] for _ in range(num_layers)]
         self.values: list[list[QuantizedKV]] = [[] for _ in range(num_layers)]
         self.length = 0  # tokens in the last layer, hence in all
 
     def __call__(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, Hkv, T, D) of the new tokens -> the same for all tokens, (B, Hkv, Tall, D) float32."""
-        self.keys[layer].append(pack_codes(quantize_kv(k)))
-        self.values[layer].append(pack_codes(quantize_kv(v)))
+        self.keys[layer].append(pack_codes(quantize_kv(k, clip_ratios=self.clip_ratios)))
+        self.values[layer].append(pack_codes(quantize_kv(v, clip_ratios=self.clip_ratios)))
         if layer == len(self.keys) - 1:
             self.length += k.shape[2]
         return _all(self.keys[layer]), _all(self.values[layer])

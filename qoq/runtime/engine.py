@@ -90,9 +90,11 @@ class LLMEngine:
 
 def greedy(decoder: Decoder, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
     """The most likely continuation of a prompt, token by token, with a KV4 cache."""
-    cache, ids = KVCache(len(decoder.blocks)), list(token_ids)
+    cache, ids = KVCache(len(decoder.blocks), decoder.clip_ratios), list(token_ids)
     for _ in range(max_tokens):
-        token = int(decoder(torch.tensor([ids]), cache, start=cache.length)[0, -1].argmax())
+        token = int(
+            decoder(torch.tensor([ids], device=decoder.embedding.device), cache, start=cache.length)[0, -1].argmax()
+        )
         yield token
         ids = [token]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from qoq.checkpoint import Checkpoint
-from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD
-from qoq.models.decoder import Block, Decoder, rotary_embedding, simulated_block
+from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD
+from qoq.models.decoder import Block, Decoder, packed_block, rotary_embedding, simulated_block
 
 
-def load(folder: str | Path | Checkpoint, simulate: bool = False) -> Decoder:
+def load(folder: str | Path | Checkpoint, simulate: bool = False, device: str = "cpu") -> Decoder:
     """Load a whole checkpoint.
 
     With `simulate`, linears multiply dequantized floats (fake quantization) and everything is float32: what
@@ -24,20 +24,17 @@ def load(folder: str | Path | Checkpoint, simulate: bool = False) -> Decoder:
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
     dtype = torch.float32 if simulate else torch.float16
-    make_block = simulated_block if simulate else _packed_block
     spec = checkpoint.spec
-    blocks = [
-        make_block(spec, index, checkpoint.norms(index), {name: checkpoint.linear(index, name) for name in LINEARS})
-        for index in range(spec.num_layers)
-    ]
+
+    def block(index: int) -> Block:
+        layer = checkpoint.layer(index).to(device)
+        return simulated_block(spec, index, layer, dtype) if simulate else packed_block(spec, index, layer)
+
     return Decoder(
-        embedding=checkpoint.tensor(EMBEDDING).to(dtype),
-        blocks=blocks,
-        norm=checkpoint.tensor(FINAL_NORM).float(),
-        lm_head=checkpoint.tensor(LM_HEAD).float(),
+        embedding=checkpoint.tensor(EMBEDDING).to(device, dtype),
+        blocks=[block(index) for index in range(spec.num_layers)],
+        norm=checkpoint.tensor(FINAL_NORM).to(device, torch.float32),
+        lm_head=checkpoint.tensor(LM_HEAD).to(device, torch.float32),
         rope=rotary_embedding(checkpoint.config),
+        clip_ratios=checkpoint.kv_cache.clip_ratios,
     )
-
-
-def _packed_block(spec, index, norms, linears) -> Block:  # type: ignore[no-untyped-def]
-    return Block(spec, index, {name: norm.float() for name, norm in norms.items()}, linears, torch.float64)

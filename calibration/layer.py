@@ -1,0 +1,149 @@
+"""One decoder layer: transforms, then weights stage by stage, each fed by what is quantized already."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qoq import checkpoint
+from qoq.calibration import publish, smooth, weights
+from qoq.calibration.blocks import Streams, batches, observe
+from qoq.models.architecture import LINEARS, ModelSpec
+from qoq.models.decoder import (
+    Block,
+    KVTransform,
+    Linear,
+    QuantizedLayer,
+    float_block,
+    simulated_cache,
+    simulated_linear,
+)
+from qoq.quant import QuantizedLinear
+from qoq.recipe import Recipe
+
+Layer = dict[str, Tensor]
+SEARCH_TOKENS = 4096  # of the samples, for the searches' objectives
+
+
+@torch.inference_mode()
+def transform(
+    layer: Layer, spec: ModelSpec, index: int, streams: Streams, settings: Recipe
+) -> tuple[KVTransform, dict[str, Any]]:
+    """Smooth and reorder the layer in place; returns the cache transform and what was chosen."""
+    report: dict[str, Any] = {}
+    if not (settings.smooth_attention or settings.smooth_down or settings.reorder or settings.kv_cache.offset):
+        return KVTransform(settings.kv_cache.rotate), report
+    block = float_block(spec, index, layer, streams.x_fp.dtype)
+    found = observe(block, streams.x_fp, streams.rope)
+    some = streams.x_fp[: max(1, SEARCH_TOKENS // streams.x_fp.shape[1])]
+    scales = None
+    if settings.smooth_attention:
+        scales, choice = smooth.search_attention(block, some, streams.rope, found, settings.kv_cache)
+        smooth.smooth_attention(layer, spec, scales)
+        report["smooth_attention"] = asdict(choice)
+    salience = found.down.absmax
+    if settings.smooth_down:
+        middle = block.attention_half(some, streams.rope, None)
+        x = block.feed(block.norm("post_attention_layernorm", middle)).flatten(0, 1).float()
+        counts = token_weight(block.mlp_half(middle)).flatten()
+        scale, choice = smooth.search_down(x, counts, layer["mlp.down_proj.weight"], found.down, settings.group_size)
+        smooth.smooth_down(layer, scale)
+        salience = salience / scale
+        report["smooth_down"] = asdict(choice)
+    if settings.reorder:
+        smooth.reorder_down(layer, salience)
+    return smooth.kv_transform(settings.kv_cache, found, scales), report
+
+
+@torch.inference_mode()
+def quantize(
+    layer: Layer, kv: KVTransform, spec: ModelSpec, index: int, streams: Streams, settings: Recipe
+) -> tuple[QuantizedLayer, dict[str, Any]]:
+    """Quantize a transformed layer and move both streams past it.
+
+    The order is q, k, v, then o, then gate, up, then down; in between the streams advance by half a layer.
+    """
+    prefix, dtype, rope = f"model.layers.{index}.", streams.x_fp.dtype, streams.rope
+    cache = simulated_cache(settings.kv_cache.clip_ratios)
+    fp = float_block(spec, index, layer, dtype)
+    norms = {name: checkpoint.to_fp16(f"{prefix}{name}.weight", layer[f"{name}.weight"]) for name in spec.norm_shapes()}
+    linears: dict[str, QuantizedLinear] = {}
+    running: dict[str, Linear] = dict(fp.linears)
+    q = Block(spec, index, {name: norm.float() for name, norm in norms.items()}, running, kv)
+    report: dict[str, Any] = {}
+
+    def stage(
+        names: Sequence[str],
+        inputs: Callable[[Block, Tensor], Tensor],
+        output: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        moments = None
+        if settings.weights.gptq or settings.weights.grid == "search" or settings.weights.asymmetric:
+            moments = weights.Moments(spec.linear_shape(names[0])[1], streams.x_fp.device)
+            for x_fp, x_q in batches(streams.x_fp, streams.x_q):
+                counts = None if output is None else token_weight(output(x_fp))
+                moments.add(inputs(q, x_q), inputs(fp, x_fp), counts)
+        matrices = {name: layer[f"{name}.weight"] for name in names}
+        for name, (weight, losses) in weights.quantize(matrices, moments, settings).items():
+            bias = layer.get(f"{name}.bias")
+            half = None if bias is None else checkpoint.to_fp16(f"{prefix}{name}.bias", bias)
+            linears[name] = QuantizedLinear(weight, half)
+            running[name] = simulated_linear(linears[name], dtype)
+            report[name] = losses
+
+    def before_attention(block: Block, x: Tensor) -> Tensor:
+        return block.norm("input_layernorm", x)
+
+    def before_o(block: Block, x: Tensor) -> Tensor:
+        return block.attend(before_attention(block, x), rope, cache if block is q else None)
+
+    def before_mlp(block: Block, x: Tensor) -> Tensor:
+        return block.norm("post_attention_layernorm", x)
+
+    stage(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], before_attention)
+    stage(["self_attn.o_proj"], before_o, lambda x: fp.attention_half(x, rope, None))
+    for x_fp, x_q in batches(streams.x_fp, streams.x_q):
+        x_fp.copy_(fp.attention_half(x_fp, rope, None))
+        x_q.copy_(q.attention_half(x_q, rope, cache))
+    stage(["mlp.gate_proj", "mlp.up_proj"], before_mlp)
+    stage(["mlp.down_proj"], lambda block, x: block.feed(before_mlp(block, x)), fp.mlp_half)
+    for x_fp, x_q in batches(streams.x_fp, streams.x_q):
+        x_fp.copy_(fp.mlp_half(x_fp))
+        x_q.copy_(q.mlp_half(x_q))
+    return QuantizedLayer({name: linears[name] for name in LINEARS}, norms, kv), report
+
+
+def token_weight(residual: Tensor) -> Tensor:
+    """1 / mean square of the residual stream (..., hidden) -> (...): the next norm divides errors by it.
+
+    Without it a handful of tokens with massive activations would outvote all others.
+    """
+    return 1 / residual.float().square().mean(-1).clamp(min=1e-12)
+
+
+def pack(quantized: QuantizedLayer, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a layer under their full names, and digests of what they hold: of linears before packing."""
+    prefix = f"model.layers.{index}."
+    tensors = {f"{prefix}{name}.weight": norm.cpu() for name, norm in quantized.norms.items()}
+    for name, offset in zip(checkpoint.OFFSETS, (quantized.kv.k_offset, quantized.kv.v_offset), strict=True):
+        if offset is not None:
+            tensors[prefix + name] = offset.cpu()
+    digests = {name: publish.digest(tensor) for name, tensor in tensors.items()}
+    for name, linear in quantized.linears.items():
+        tensors |= checkpoint.pack_linear(prefix + name, linear)
+        digests[prefix + name] = publish.linear_digest(linear)
+    return tensors, digests
+
+
+def unpack(path: Path, spec: ModelSpec, index: int, settings: Recipe, device: torch.device) -> QuantizedLayer:
+    """The inverse of `pack`, from the file of a finished layer."""
+    prefix = f"model.layers.{index}."
+    tensors = {name: checkpoint.read_tensor(path, name).to(device) for name in checkpoint.read_header(path)}
+    return QuantizedLayer(
+        {name: checkpoint.unpack_linear(prefix + name, tensors) for name in LINEARS},
+        {name: tensors[f"{prefix}{name}.weight"] for name in spec.norm_shapes()},
+        KVTransform(settings.kv_cache.rotate, *(tensors.get(prefix + name) for name in checkpoint.OFFSETS)),
+    )

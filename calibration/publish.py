@@ -1,0 +1,106 @@
+"""The finished folder: shards, config, tokenizer and card, verified before it gets its name."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qoq import checkpoint, recipe
+from qoq.calibration import card
+from qoq.calibration.work import Work
+from qoq.errors import CheckpointError, OutputError
+from qoq.models.architecture import LINEARS, ModelSpec
+from qoq.models.source import Source
+from qoq.quant import QuantizedLinear
+from qoq.recipe import Recipe
+
+CARRIED_FILES = ("LICENSE*", "NOTICE*", "chat_template.jinja", "generation_config.json")
+
+
+def publish(source: Source, settings: Recipe, tokenizer: Any, report: Mapping[str, Any], work: Work) -> None:
+    """Make the folder from the parts of a run, verify it, and give it its final name."""
+    _assemble(source, settings, tokenizer, work)
+    _describe(source, settings, report, work)
+    verify(work, source.spec)
+    work.finish()
+
+
+def _assemble(source: Source, settings: Recipe, tokenizer: Any, work: Work) -> None:
+    """Merge the parts into shards and write config and tokenizer beside them."""
+    if work.draft.exists():
+        shutil.rmtree(work.draft)
+    try:
+        work.draft.mkdir()
+        checkpoint.write_shards(work.draft, [work.path(part) for part in _parts(source.spec)])
+        tokenizer.save_pretrained(work.draft)
+        for pattern in CARRIED_FILES:
+            for path in source.folder.glob(pattern):
+                shutil.copyfile(path, work.draft / path.name)
+    except OSError as error:
+        raise work.keep(checkpoint.cannot_write(work.draft, error)) from None
+    except OutputError as error:
+        raise work.keep(error) from None
+    config = json.loads((source.folder / "config.json").read_text())
+    for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
+        config.pop(key, None)
+    config |= {
+        "tie_word_embeddings": False,
+        "dtype": "float16",
+        "torch_dtype": "float16",
+        "quantization_config": checkpoint.quantization_config(settings.group_size, settings.kv_cache),
+    }
+    checkpoint.write_bytes(work.draft / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _parts(spec: ModelSpec) -> list[str]:
+    return ["embed", *(f"layer-{index:05d}" for index in range(spec.num_layers)), "head"]
+
+
+def _describe(source: Source, settings: Recipe, report: Mapping[str, Any], work: Work) -> None:
+    """Write recipe, report and model card."""
+    layers = [{key: value for key, value in layer.items() if key != "digests"} for layer in report["layers"]]
+    checkpoint.write_bytes(work.draft / "qoq_recipe.yaml", recipe.dump(settings))
+    checkpoint.write_bytes(work.draft / "qoq_report.json", json.dumps({**report, "layers": layers}, indent=2) + "\n")
+    checkpoint.write_bytes(work.draft / "README.md", card.text(source, settings))
+
+
+def verify(work: Work, spec: ModelSpec) -> None:
+    """Re-read the draft, unpack it, and compare it bit for bit with what calibration held.
+
+    Raises:
+        CheckpointError: names the first tensor that differs.
+    """
+    made = checkpoint.Checkpoint(work.draft)
+    expected: dict[str, str] = {}
+    for part in _parts(spec):
+        expected |= work.report(part)["digests"]
+    for index in range(spec.num_layers):
+        for name in LINEARS:
+            full = f"model.layers.{index}.{name}"
+            _compare(full, linear_digest(made.linear(index, name)), expected.pop(full))
+    for name, value in expected.items():
+        _compare(name, digest(made.tensor(name)), value)
+
+
+def _compare(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise CheckpointError(f"{name}: what was written differs from what was calibrated; the work folder is kept")
+
+
+def linear_digest(linear: QuantizedLinear) -> str:
+    """sha256 over integers, scales and bias of a linear."""
+    values = [value for value in vars(linear.weight).values()]
+    return digest(*values, *([] if linear.bias is None else [linear.bias]))
+
+
+def digest(*tensors: Tensor) -> str:
+    """sha256 over dtype, shape and bytes."""
+    value = hashlib.sha256()
+    for tensor in tensors:
+        value.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        value.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return value.hexdigest()

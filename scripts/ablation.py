@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Quantize one model under many recipes and print one table: perplexity, mean KL on held-back C4, seconds.
+
+    scripts/ablation.py --model smollm2-135m --device cuda --ppl tests/data/wiki.test.head.raw
+
+Each row is the one above with one pass more; rows can be chosen with --rows.
+"""
+
+import dataclasses
+import gc
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from qoq import evaluate, recipe
+from qoq.calibration import pipeline
+from qoq.checkpoint import Checkpoint
+from qoq.compare import divergence, top_k
+from qoq.errors import QuantizationError
+from qoq.models.source import open_source
+from qoq.recipe import KVCache, Recipe, Weights
+
+HELD_BACK = Path(__file__).parent.parent / "tests" / "data" / "c4_heldout.jsonl"
+
+
+def rows(group_size: int, nsamples: int, seqlen: int, dataset: str) -> Iterator[tuple[str, Recipe]]:
+    """The ladder from plain rounding to the whole recipe, then the whole recipe without one pass."""
+    calibration = recipe.Calibration(dataset, nsamples, seqlen)
+    ratios = recipe.load("qoq-g64").kv_cache.clip_ratios
+    row = Recipe("ablation", group_size, calibration=calibration)
+    yield "plain rounding", row
+    steps: list[tuple[str, dict[str, object]]] = [
+        ("+ rotation", {"rotate": True}),
+        ("+ cache rotation, offsets, ratios", {"kv_cache": KVCache(True, True, ratios)}),
+        ("+ SmoothAttention", {"smooth_attention": True}),
+        ("+ smoothing of down_proj", {"smooth_down": True}),
+        ("+ reorder", {"reorder": True}),
+        ("+ grid search", {"weights": Weights("search")}),
+        ("+ GPTQ", {"weights": Weights("search", gptq=True)}),
+        ("+ asymmetric", {"weights": Weights("search", gptq=True, asymmetric=1.0)}),
+    ]
+    for name, change in steps:
+        row = dataclasses.replace(row, **change)  # type: ignore[arg-type]
+        yield name, row
+    without: list[tuple[str, dict[str, object]]] = [
+        ("A gptq only", {"weights": Weights("search", gptq=True), "smooth_down": False, "reorder": False}),
+        ("B gptq reorder", {"weights": Weights("search", gptq=True), "smooth_down": False, "reorder": True}),
+        ("C gptq smooth", {"weights": Weights("search", gptq=True), "smooth_down": True, "reorder": False}),
+        ("D asym 1", {"weights": Weights("search", gptq=True, asymmetric=1.0), "smooth_down": False, "reorder": False}),
+        (
+            "E asym .5",
+            {"weights": Weights("search", gptq=True, asymmetric=0.5), "smooth_down": False, "reorder": False},
+        ),
+        ("F plain grid", {"weights": Weights("round", gptq=True), "smooth_down": False, "reorder": False}),
+        ("G norot", {"weights": Weights("search", gptq=True), "smooth_down": False, "reorder": False, "rotate": False}),
+        ("all - rotation", {"rotate": False}),
+        ("all - SmoothAttention", {"smooth_attention": False}),
+        ("all - smoothing of down_proj", {"smooth_down": False}),
+        ("all - reorder", {"reorder": False}),
+        ("all - grid search", {"weights": Weights("round", gptq=True, asymmetric=1.0)}),
+        ("all - cache rotation", {"kv_cache": KVCache(False, True, ratios)}),
+        ("all - cache offsets", {"kv_cache": KVCache(True, False, ratios)}),
+        ("all - cache ratios", {"kv_cache": KVCache(True, True)}),
+    ]
+    for name, change in without:
+        yield name, dataclasses.replace(row, **change)  # type: ignore[arg-type]
+
+
+@click.command()
+@click.option("--model", default="smollm2-135m", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--ppl", "datasets", multiple=True, required=True, help="Text for perplexity; may be repeated.")
+@click.option("--windows", default=8, show_default=True)
+@click.option("--group-size", "group_sizes", multiple=True, type=int, default=(64,), show_default=True)
+@click.option("--calib-dataset", default="c4", show_default=True)
+@click.option("--nsamples", default=128, show_default=True)
+@click.option("--seqlen", default=1024, show_default=True)
+@click.option("--rows", "chosen", default="", help="Only rows whose name contains one of these, by commas.")
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file for the numbers.")
+def main(model, device, datasets, windows, group_sizes, calib_dataset, nsamples, seqlen, chosen, output):
+    """Run the rows and print the table."""
+    source = open_source(model)
+    tokenizer = source.tokenizer()
+    texts = {
+        Path(name).name: evaluate.windows(tokenizer, evaluate.evaluation_text(name), 2048, windows) for name in datasets
+    }
+    held_back = evaluate.windows(tokenizer, evaluate.evaluation_text(str(HELD_BACK)), 2048, windows)
+    original = evaluate.OriginalModel(source, device)
+    reference = top_k(original, held_back)
+    results = [{"row": "full precision"} | _perplexities(original, texts)]
+    del original
+    _print_row(results[0])
+    for group_size in group_sizes:
+        for name, settings in rows(group_size, nsamples, seqlen, calib_dataset):
+            if chosen and not any(part in name for part in chosen.split(",")):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "checkpoint"
+                try:
+                    report = pipeline.quantize(source, path, settings, device=device)
+                except QuantizationError as error:
+                    print(f"{name}: {error}", flush=True)
+                    continue
+                made = evaluate.QuantizedModel(Checkpoint(path), "simulate", device)
+            found = divergence(reference, made, held_back)
+            row = {"row": f"{group_size:4} {name}"} | _perplexities(made, texts)
+            results.append(row | {"KL": found.mean_kl, "same top-1": found.same_top1, "seconds": report["seconds"]})
+            _print_row(results[-1])
+            del made
+            gc.collect()
+    if output:
+        output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _perplexities(model, texts):
+    return {
+        name: evaluate.perplexity(model, ids, name="", backend="", dataset=name).perplexity
+        for name, ids in texts.items()
+    }
+
+
+def _print_row(row):
+    values = (f"{key} {value:.4f}" for key, value in row.items() if key != "row")
+    print(f"{row['row']:42} {'   '.join(values)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
