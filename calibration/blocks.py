@@ -1,6 +1,8 @@
 """Run one decoder layer over the calibration samples, a few at a time, and watch its intermediates."""
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from qoq.models.decoder import Block, Cache, Rope, attention
 
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 4096
 
 
 @dataclass
@@ -18,6 +20,22 @@ class Streams:
     x_fp: Tensor  # through the transformed layers, unquantized
     x_q: Tensor  # through the quantized layers
     rope: Rope  # of positions 0 .. T - 1
+
+
+class Stopwatch:
+    """Seconds spent in named passes; waits for the GPU, so that each pass pays its own."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
 
 def batches(*streams: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qoq import checkpoint
 from qoq.calibration import publish, smooth, weights
-from qoq.calibration.blocks import Streams, batches, observe
+from qoq.calibration.blocks import Stopwatch, Streams, batches, observe
 from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.models.decoder import (
     Block,
@@ -60,9 +60,15 @@ def transform(
 
 @torch.inference_mode()
 def quantize(
-    layer: Layer, kv: KVTransform, spec: ModelSpec, index: int, streams: Streams, settings: Recipe
+    layer: Layer,
+    kv: KVTransform,
+    spec: ModelSpec,
+    index: int,
+    streams: Streams,
+    settings: Recipe,
+    passes: Stopwatch,
 ) -> tuple[QuantizedLayer, dict[str, Any]]:
-    """Quantize a transformed layer and move both streams past it.
+    """Quantize a transformed layer and move both streams past it; also gives the losses of each linear.
 
     The order is q, k, v, then o, then gate, up, then down; in between the streams advance by half a layer.
     """
@@ -83,11 +89,13 @@ def quantize(
         moments = None
         if settings.weights.gptq or settings.weights.grid == "search" or settings.weights.asymmetric:
             moments = weights.Moments(spec.linear_shape(names[0])[1], streams.x_fp.device)
-            for x_fp, x_q in batches(streams.x_fp, streams.x_q):
-                counts = None if output is None else token_weight(output(x_fp))
-                moments.add(inputs(q, x_q), inputs(fp, x_fp), counts)
-        matrices = {name: layer[f"{name}.weight"] for name in names}
-        for name, (weight, losses) in weights.quantize(matrices, moments, settings).items():
+            with passes("moments"):
+                for x_fp, x_q in batches(streams.x_fp, streams.x_q):
+                    counts = None if output is None else token_weight(output(x_fp))
+                    moments.add(inputs(q, x_q), inputs(fp, x_fp), counts)
+        with passes("weights"):
+            chosen = weights.quantize({name: layer[f"{name}.weight"] for name in names}, moments, settings)
+        for name, (weight, losses) in chosen.items():
             bias = layer.get(f"{name}.bias")
             half = None if bias is None else checkpoint.to_fp16(f"{prefix}{name}.bias", bias)
             linears[name] = QuantizedLinear(weight, half)
@@ -105,14 +113,16 @@ def quantize(
 
     stage(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], before_attention)
     stage(["self_attn.o_proj"], before_o, lambda x: fp.attention_half(x, rope, None))
-    for x_fp, x_q in batches(streams.x_fp, streams.x_q):
-        x_fp.copy_(fp.attention_half(x_fp, rope, None))
-        x_q.copy_(q.attention_half(x_q, rope, cache))
+    with passes("propagate"):
+        for x_fp, x_q in batches(streams.x_fp, streams.x_q):
+            x_fp.copy_(fp.attention_half(x_fp, rope, None))
+            x_q.copy_(q.attention_half(x_q, rope, cache))
     stage(["mlp.gate_proj", "mlp.up_proj"], before_mlp)
     stage(["mlp.down_proj"], lambda block, x: block.feed(before_mlp(block, x)), fp.mlp_half)
-    for x_fp, x_q in batches(streams.x_fp, streams.x_q):
-        x_fp.copy_(fp.mlp_half(x_fp))
-        x_q.copy_(q.mlp_half(x_q))
+    with passes("propagate"):
+        for x_fp, x_q in batches(streams.x_fp, streams.x_q):
+            x_fp.copy_(fp.mlp_half(x_fp))
+            x_q.copy_(q.mlp_half(x_q))
     return QuantizedLayer({name: linears[name] for name in LINEARS}, norms, kv), report
 
 

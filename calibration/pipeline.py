@@ -21,7 +21,7 @@ from torch import Tensor
 
 import qoq
 from qoq import checkpoint, recipe
-from qoq.calibration import blocks, data, layer, publish, rotate
+from qoq.calibration import blocks, data, insight, layer, pad, publish, rotate
 from qoq.calibration.blocks import Streams
 from qoq.calibration.work import Work
 from qoq.errors import QuantizationError
@@ -68,7 +68,7 @@ def plan(source: Source, settings: Recipe) -> Plan:
     Raises:
         QuantizationError: the model does not fit the group size.
     """
-    spec = source.spec
+    spec = target_spec(source.spec, settings)
     checkpoint.check_group_size(spec, settings.group_size)
     per_layer = spec.linear_parameters() // spec.num_layers
     tokens = settings.calibration.nsamples * settings.calibration.seqlen
@@ -86,6 +86,11 @@ def plan(source: Source, settings: Recipe) -> Plan:
         memory_bytes=500 * 2**20 + max(working_set, embedding) + streams,
         tokens=tokens,
     )
+
+
+def target_spec(spec: ModelSpec, settings: Recipe) -> ModelSpec:
+    """The dimensions of the checkpoint: padded to the group size where the recipe rotates."""
+    return pad.padded_spec(spec, settings.group_size) if settings.rotate else spec
 
 
 @dataclass
@@ -106,7 +111,7 @@ class Probe:
 class Rotations:
     """float64 on the run's device; None where the recipe does not rotate."""
 
-    residual: Tensor | None  # (hidden, hidden)
+    residual: Tensor | None  # (hidden, width), width the hidden size of the checkpoint
     values: Tensor | None  # (head_dim, head_dim)
 
 
@@ -141,13 +146,14 @@ def quantize(
     }
     work = Work(output, run, resume)
 
-    rotations = _rotations(source.spec, settings, device)
+    spec = target_spec(source.spec, settings)
+    rotations = _rotations(source.spec, spec, settings, device)
     streams, probe = _embed(source, rotations, tokens, work, device)
     layers = []
-    for index in range(source.spec.num_layers):
+    for index in range(spec.num_layers):
         layers.append(_layer(source, index, settings, rotations, streams, probe, work, device))
         on_layer(layers[-1])
-    _head(source, rotations, probe, work)
+    _head(source, settings, rotations, probe, work)
 
     report = {
         "model": source.name,
@@ -169,14 +175,14 @@ def quantize(
         "peak_gpu_bytes": 0 if device == "cpu" else torch.cuda.max_memory_allocated(device),
         "seconds": round(time.monotonic() - started, 1),
     }
-    publish.publish(source, settings, tokenizer, report, work)
+    publish.publish(source, spec, settings, tokenizer, report, work)
     return report
 
 
-def _rotations(spec: ModelSpec, settings: Recipe, device: str) -> Rotations:
+def _rotations(original: ModelSpec, spec: ModelSpec, settings: Recipe, device: str) -> Rotations:
     if not settings.rotate:
         return Rotations(None, None)
-    residual = rotate.rotation(spec.hidden_size, settings.seed)
+    residual = rotate.rotation(spec.hidden_size, settings.seed)[: original.hidden_size]
     return Rotations(residual.to(device), rotate.rotation(spec.head_dim, settings.seed).to(device))
 
 
@@ -219,33 +225,40 @@ def _layer(
     device: str,
 ) -> dict[str, Any]:
     """Transform, check, quantize and write one layer, and move the streams past it."""
-    started = time.monotonic()
-    spec, part = source.spec, f"layer-{index:05d}"
-    weights = source.layer(index, device)
-    blocks.propagate(float_block(spec, index, dict(weights)), probe.original, probe.rope)
+    started, passes = time.monotonic(), blocks.Stopwatch(torch.device(device))
+    spec, part = target_spec(source.spec, settings), f"layer-{index:05d}"
+    with passes("read"):
+        weights = source.layer(index, device)
+    blocks.propagate(float_block(source.spec, index, dict(weights)), probe.original, probe.rope)
     if rotations.residual is not None and rotations.values is not None:
-        rotate.fold_norms(weights)
-        rotate.rotate_residual(weights, rotations.residual)
-        rotate.rotate_values(weights, spec, rotations.values)
+        with passes("rotate"):
+            rotate.fold_norms(weights)
+            rotate.rotate_residual(weights, rotations.residual)
+            rotate.rotate_values(weights, source.spec, rotations.values)
+            pad.pad_layer(weights, source.spec, spec)
     done = work.has(part)
-    kv, choices = layer.transform(weights, spec, index, streams, settings)
+    with passes("smooth"):
+        kv, choices = layer.transform(weights, spec, index, streams, settings)
     blocks.propagate(float_block(spec, index, weights), probe.transformed, probe.rope)
     error = probe.error(rotations.residual)
     check_transform(error, f"layer {index}")
     if done:
         _replay(weights, spec, index, settings, streams, work)
-        return work.report(part)
+        return {key: value for key, value in work.report(part).items() if key != "digests"}
 
-    quantized, losses = layer.quantize(weights, kv, spec, index, streams, settings)
+    inputs = insight.sample(streams)
+    quantized, losses = layer.quantize(weights, kv, spec, index, streams, settings, passes)
     report = {
         "layer": index,
         "loss": relative_error(streams.x_q, streams.x_fp),
         "transform_error": error,
         **choices,
         "linears": losses,
-        "seconds": round(time.monotonic() - started, 2),
+        "causes": insight.causes(weights, quantized, spec, index, inputs, settings.kv_cache.clip_ratios),
     }
-    tensors, digests = layer.pack(quantized, index)
+    with passes("pack"):
+        tensors, digests = layer.pack(quantized, index)
+    report |= {"seconds": round(time.monotonic() - started, 2), "passes": passes.seconds}
     work.write(part, tensors, {**report, "digests": digests})
     return report
 
@@ -261,16 +274,16 @@ def _replay(
     blocks.propagate(simulated_block(spec, index, quantized, dtype), streams.x_q, streams.rope, cache)
 
 
-def _head(source: Source, rotations: Rotations, probe: Probe, work: Work) -> None:
+def _head(source: Source, settings: Recipe, rotations: Rotations, probe: Probe, work: Work) -> None:
     """Compare the logits of the transformed model with the original's, and write the final norm and lm_head."""
-    eps = source.spec.rms_norm_eps
+    eps, new_eps = source.spec.rms_norm_eps, target_spec(source.spec, settings).rms_norm_eps
     original, norm = source.lm_head(), source.final_norm()
     head, gain = original, norm
     if rotations.residual is not None:
-        head = rotate.rotate_matrix(original, rotations.residual, norm)
-        gain = torch.ones_like(norm)
+        head = rotate.rotate_matrix(original, rotate.reading(rotations.residual), norm)
+        gain = torch.ones(head.shape[1])
     expected = _logits(probe.original, norm, original, eps)
-    check_transform(relative_error(_logits(probe.transformed, gain, head, eps), expected) ** 0.5, "the logits")
+    check_transform(relative_error(_logits(probe.transformed, gain, head, new_eps), expected) ** 0.5, "the logits")
     if not work.has("head"):
         tensors = {
             FINAL_NORM: checkpoint.to_fp16(FINAL_NORM, gain),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qoq import checkpoint, recipe
-from qoq.calibration import card
+from qoq.calibration import card, pad
 from qoq.calibration.work import Work
 from qoq.errors import CheckpointError, OutputError
 from qoq.models.architecture import LINEARS, ModelSpec
@@ -21,21 +21,23 @@ from qoq.recipe import Recipe
 CARRIED_FILES = ("LICENSE*", "NOTICE*", "chat_template.jinja", "generation_config.json")
 
 
-def publish(source: Source, settings: Recipe, tokenizer: Any, report: Mapping[str, Any], work: Work) -> None:
+def publish(
+    source: Source, spec: ModelSpec, settings: Recipe, tokenizer: Any, report: Mapping[str, Any], work: Work
+) -> None:
     """Make the folder from the parts of a run, verify it, and give it its final name."""
-    _assemble(source, settings, tokenizer, work)
+    _assemble(source, spec, settings, tokenizer, work)
     _describe(source, settings, report, work)
-    verify(work, source.spec)
+    verify(work, spec)
     work.finish()
 
 
-def _assemble(source: Source, settings: Recipe, tokenizer: Any, work: Work) -> None:
+def _assemble(source: Source, spec: ModelSpec, settings: Recipe, tokenizer: Any, work: Work) -> None:
     """Merge the parts into shards and write config and tokenizer beside them."""
     if work.draft.exists():
         shutil.rmtree(work.draft)
     try:
         work.draft.mkdir()
-        checkpoint.write_shards(work.draft, [work.path(part) for part in _parts(source.spec)])
+        checkpoint.write_shards(work.draft, [work.path(part) for part in _parts(spec)])
         tokenizer.save_pretrained(work.draft)
         for pattern in CARRIED_FILES:
             for path in source.folder.glob(pattern):
@@ -47,7 +49,7 @@ def _assemble(source: Source, settings: Recipe, tokenizer: Any, work: Work) -> N
     config = json.loads((source.folder / "config.json").read_text())
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         config.pop(key, None)
-    config |= {
+    config |= pad.config_changes(spec) | {
         "tie_word_embeddings": False,
         "dtype": "float16",
         "torch_dtype": "float16",
@@ -62,9 +64,8 @@ def _parts(spec: ModelSpec) -> list[str]:
 
 def _describe(source: Source, settings: Recipe, report: Mapping[str, Any], work: Work) -> None:
     """Write recipe, report and model card."""
-    layers = [{key: value for key, value in layer.items() if key != "digests"} for layer in report["layers"]]
     checkpoint.write_bytes(work.draft / "qoq_recipe.yaml", recipe.dump(settings))
-    checkpoint.write_bytes(work.draft / "qoq_report.json", json.dumps({**report, "layers": layers}, indent=2) + "\n")
+    checkpoint.write_bytes(work.draft / "qoq_report.json", json.dumps(report, indent=2) + "\n")
     checkpoint.write_bytes(work.draft / "README.md", card.text(source, settings))
 
 

@@ -15,7 +15,7 @@ from qoq.models.architecture import LINEARS, ModelSpec
 Layer = dict[str, Tensor]
 READERS = [name for name, producer in LINEARS.items() if producer.endswith("layernorm")]
 WRITERS = ["self_attn.o_proj", "mlp.down_proj"]
-ROWS_AT_ONCE = 16384  # of an embedding, in float64
+ROWS_AT_ONCE = 2048  # of an embedding, in float64
 
 
 def rotation(n: int, seed: int) -> Tensor:
@@ -115,9 +115,10 @@ def fold_norms(layer: Layer) -> None:
 
 
 def rotate_residual(layer: Layer, r: Tensor) -> None:
-    """Inputs W <- W R, outputs W <- R^T W and b <- R^T b. Norm gains must be 1."""
+    """Inputs W <- W R, outputs W <- R^T W and b <- R^T b, for an R (hidden, width). Norm gains must be 1."""
     for name in READERS:
-        layer[f"{name}.weight"] = rotate_rows(layer[f"{name}.weight"], r)
+        layer[f"{name}.weight"] = rotate_rows(layer[f"{name}.weight"], reading(r))
+        layer[f"{LINEARS[name]}.weight"] = torch.ones(r.shape[1], device=r.device)
     for name in WRITERS:
         weight = layer[f"{name}.weight"]
         layer[f"{name}.weight"] = (r.T @ weight.double()).to(weight.dtype)
@@ -137,6 +138,14 @@ def rotate_values(layer: Layer, spec: ModelSpec, h: Tensor) -> None:
     layer["self_attn.o_proj.weight"] = (columns @ h).flatten(1).to(o.dtype)
 
 
+def reading(r: Tensor) -> Tensor:
+    """What turns the input side of a linear that reads a norm: R (hidden, width), and RMS over width in R's stead.
+
+    RMS over a width that only `hidden` orthogonal directions fill is sqrt(hidden / width) of RMS over hidden.
+    """
+    return r * math.sqrt(r.shape[0] / r.shape[1])
+
+
 def rotate_rows(weight: Tensor, r: Tensor) -> Tensor:
     """W R, in the dtype of W."""
     return (weight.double() @ r).to(weight.dtype)
@@ -145,4 +154,7 @@ def rotate_rows(weight: Tensor, r: Tensor) -> Tensor:
 def rotate_matrix(matrix: Tensor, r: Tensor, gain: Tensor | None = None) -> Tensor:
     """(W diag(gain)) R of an embedding or lm_head (vocab, hidden), float32 on the CPU; in slices of rows."""
     scaled = r if gain is None else gain.to(r)[:, None] * r
-    return torch.cat([(rows.to(scaled) @ scaled).float().cpu() for rows in matrix.split(ROWS_AT_ONCE)])
+    rotated = torch.empty(len(matrix), r.shape[1])
+    for source, target in zip(matrix.split(ROWS_AT_ONCE), rotated.split(ROWS_AT_ONCE), strict=True):
+        target.copy_(source.to(scaled) @ scaled)
+    return rotated

@@ -6,9 +6,10 @@ with H = sum x_q x_q^T and G = sum x_fp x_q^T, the weights W G H^-1 map x_q to t
 and rounding them under H costs what the objective costs.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from qoq.quant import (
     QuantizedWeight,
     fp16,
     guarded_scale,
+    is_finite,
     quantize_rows,
     round_channel,
     round_grouped,
@@ -53,9 +55,21 @@ class Moments:
         if token_weight is not None:
             factor = token_weight.flatten().sqrt()[:, None]
             x_q, x_fp = x_q * factor, x_fp * factor
-        self.h.addmm_(x_q.T, x_q)
-        self.g.addmm_(x_fp.T, x_q)
+        with tensor_cores():
+            self.h.addmm_(x_q.T, x_q)
+            self.g.addmm_(x_fp.T, x_q)
         self.tokens += x_q.shape[0]
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Let float32 products on a GPU round their inputs to TF32: A8 has no more than its 11 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @dataclass(frozen=True)
@@ -75,13 +89,17 @@ class Grid:
 
 
 def damped_cholesky(h: Tensor) -> tuple[Tensor, float] | None:
-    """Lower Cholesky factor of h + damping * mean(diag h), with the first damping that works, or None."""
+    """Lower Cholesky factor of h + damping * mean(diag h), with the first damping that works, or None.
+
+    h (K, K) is damped in place: at K = 14336 every copy is 0.8 GB.
+    """
     mean = h.diagonal().mean()
-    damping = DAMPING
+    damping, added = DAMPING, 0.0
     while damping <= MAX_DAMPING:
-        damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if info == 0 and torch.isfinite(factor).all():
+        h.diagonal().add_((damping - added) * mean)
+        added = damping
+        factor, info = torch.linalg.cholesky_ex(h)
+        if info == 0 and is_finite(factor):
             return factor, damping
         damping *= 10
     return None
@@ -92,10 +110,10 @@ def corrected(w: Tensor, moments: Moments, strength: float) -> Tensor:
 
     Half of the correction generalises better than all of it.
     """
-    solved = damped_cholesky(moments.h) if strength > 0 else None
+    solved = damped_cholesky(moments.h.clone()) if strength > 0 else None
     if solved is None:
         return w
-    shift = torch.cholesky_solve((w @ (moments.g - moments.h)).T, solved[0]).T
+    shift = torch.cholesky_solve((w @ moments.g - w @ moments.h).T, solved[0]).T
     return w + strength * shift
 
 
@@ -204,46 +222,47 @@ def gptq(w: Tensor, grid: Grid, h: Tensor) -> tuple[QuantizedWeight, float] | No
     factored with any damping.
     """
     order = h.diagonal().argsort(descending=True, stable=True)
-    solved = damped_cholesky(h[order][:, order])
+    solved = damped_cholesky(h[order[:, None], order])
     if solved is None:
         return None
     factor, damping = solved
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    scale = grid.s1.float()[:, None]
-    w = (w / scale)[:, order]
-    group_of = order // (w.shape[1] // grid.groups)
-    codes = torch.empty_like(w)
-    for start in range(0, w.shape[1], BLOCK):
-        stop = min(start + BLOCK, w.shape[1])
-        block, errors = w[:, start:stop].clone(), torch.empty_like(w[:, start:stop])
-        u = inverse[start:stop, start:stop]
-        groups = group_of[start:stop]
-        step, zero, low, high = (x[:, groups] for x in (grid.step, grid.zero, grid.low, grid.high))
-        for j in range(stop - start):
-            column = block[:, j]
-            code = ((column + zero[:, j]) / step[:, j]).round_()
-            code = torch.maximum(torch.minimum(code, high[:, j]), low[:, j])
-            codes[:, start + j] = code
-            error = (column - (code * step[:, j] - zero[:, j])) / u[j, j]
-            block[:, j:] -= error[:, None] * u[j, j:]
-            errors[:, j] = error
-        w[:, stop:] -= errors @ inverse[start:stop, stop:]
+    del factor
+    columns = (w / grid.s1.float()[:, None]).T[order]  # (K, N): a column of w is a contiguous row
+    step, zero, low, high = (x.T.contiguous() for x in (grid.step, grid.zero, grid.low, grid.high))  # (G, N)
+    group_of = (order // (len(order) // grid.groups)).tolist()
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, len(order), BLOCK):
+        block = columns[start : start + BLOCK]
+        u = inverse[start : start + len(block), start : start + len(block)]
+        errors = torch.empty_like(block)
+        for j in range(len(block)):
+            g = group_of[start + j]
+            code = ((block[j] + zero[g]) / step[g]).round_()
+            code = torch.minimum(torch.maximum(code, low[g]), high[g])
+            codes[start + j] = code
+            errors[j] = (block[j] - (code * step[g] - zero[g])) / u[j, j]
+            block[j + 1 :] -= u[j, j + 1 :, None] * errors[j]
+        stop = start + len(block)
+        columns[stop:] -= inverse[start:stop, stop:].T @ errors
     natural = torch.empty_like(codes)
-    natural[:, order] = codes
-    return as_weight(natural, grid), damping
+    natural[order] = codes
+    return as_weight(natural.T.contiguous(), grid), damping
 
 
 def quantize(
     matrices: Mapping[str, Tensor], moments: Moments | None, settings: Recipe
-) -> dict[str, tuple[QuantizedWeight, dict[str, float]]]:
+) -> dict[str, tuple[QuantizedWeight, dict[str, Any]]]:
     """Quantize weights (N, K) that share an input, as the recipe says; each with its losses.
 
     `rounded` and `loss` are relative squared errors of the output, of plain rounding and of what was chosen,
-    against what the best unrounded weights give; without moments, of the weight.
+    against what the best unrounded weights give; without moments, of the weight. `damping` is GPTQ's, None where
+    no damping made H positive definite and the weight was rounded to its grid instead.
     """
     w = torch.cat(list(matrices.values()))
     plain = round_to_nearest(w, settings.group_size)
-    chosen, target, extra = plain, w, {}
+    chosen, target = plain, w
+    extra: dict[str, Any] = {}
     if moments is not None:
         target = corrected(w, moments, settings.weights.asymmetric)
         importance = moments.h.diagonal() / moments.h.diagonal().mean()
@@ -252,10 +271,13 @@ def quantize(
         solved = gptq(target, grid, moments.h) if settings.weights.gptq else None
         if solved is None:
             chosen = onto_grid(target, grid)
-            extra = {"damping": math.inf} if settings.weights.gptq else {}  # no damping worked: rounded
+            extra = {"damping": None} if settings.weights.gptq else {}  # none worked: rounded instead
         else:
             chosen, extra["damping"] = solved
-    losses = {"rounded": output_error(plain, target, moments), "loss": output_error(chosen, target, moments)}
+    losses = {
+        "rounded": output_error(plain, target, moments),
+        "loss": output_error(chosen, target, moments),
+    }
     sizes = [len(matrix) for matrix in matrices.values()]
     parts = zip(*(value.split(sizes) for value in vars(chosen).values()), strict=True)
     return {name: (type(chosen)(*part), losses | extra) for name, part in zip(matrices, parts, strict=True)}

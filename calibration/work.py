@@ -44,7 +44,7 @@ class Work:
                 )
         elif marker.is_file():
             if resume:
-                self._refuse_other(json.loads(marker.read_text()), run)
+                self._refuse_other(run)
             else:
                 shutil.rmtree(self.folder)
         try:
@@ -53,7 +53,11 @@ class Work:
             raise checkpoint.cannot_write(self.parts, error) from None
         checkpoint.write_bytes(marker, json.dumps(run, indent=2) + "\n")
 
-    def _refuse_other(self, found: dict[str, Any], run: dict[str, Any]) -> None:
+    def _refuse_other(self, run: dict[str, Any]) -> None:
+        try:
+            found = dict(json.loads((self.folder / RUN).read_text()))
+        except (ValueError, TypeError, OSError):
+            found = {}
         changed = [key for key in run if found.get(key) != run[key]]
         if changed:
             raise OutputError(

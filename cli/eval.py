@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qoq.cli.output import check_device, common_options, note, print_json
+from qoq.cli.subject import Subject
 
 if TYPE_CHECKING:
     from qoq.evaluate import Model
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seqlen", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens in a window.")
 @click.option("--limit", type=click.IntRange(min=1), help="Windows, or examples of each task.")
-@click.option("--device", default="cpu", show_default=True, help="For the original model.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
 @common_options
 def evaluate(
@@ -45,21 +46,20 @@ def evaluate(
     the model it was made from (original).
     """
     from qoq import evaluate as ev
-    from qoq.checkpoint import Checkpoint, is_checkpoint
 
     if dataset is None and tasks is None:
         raise click.UsageError("nothing to measure: give --ppl, --tasks or both")
     check_device(device)
-    checkpoint = Checkpoint(model) if is_checkpoint(model) else None
-    if checkpoint is None and set(backends) - {"original"}:
+    subject = Subject(model, trust_remote_code)
+    if subject.checkpoint is None and set(backends) - {"original"}:
         raise click.UsageError(f"{model} is no checkpoint: only --backend original can run it")
-    backends = backends or ("original" if checkpoint is None else "runtime",)
-    tokenizer, max_length = _tokenizer(model, checkpoint, trust_remote_code)
+    backends = backends or ("original" if subject.checkpoint is None else "runtime",)
+    tokenizer, max_length = subject.tokenizer(), subject.folder.config.max_position_embeddings
     ids = None if dataset is None else ev.windows(tokenizer, ev.evaluation_text(dataset), seqlen, limit)
 
     results: list[dict[str, Any]] = []
     for backend in backends:
-        runner = _runner(model, checkpoint, backend, device, trust_remote_code)
+        runner = subject.load(backend, device)
         if ids is not None and dataset is not None:
             results.append(_perplexity(runner, ids, model, backend, dataset))
         if tasks is not None:
@@ -68,27 +68,6 @@ def evaluate(
             _print_tasks(backend, scores)
     if as_json:
         print_json({"results": results})
-
-
-def _tokenizer(model: str, checkpoint: Any, trust_remote_code: bool) -> tuple[Any, int]:
-    from qoq.models.source import open_source
-
-    source = checkpoint or open_source(model, trust_remote_code)
-    return source.tokenizer(), source.config.max_position_embeddings
-
-
-def _runner(model: str, checkpoint: Any, backend: str, device: str, trust_remote_code: bool) -> "Model":
-    from qoq import evaluate as ev
-    from qoq.errors import CheckpointError
-    from qoq.models.source import open_source
-
-    if backend != "original":
-        return ev.QuantizedModel(checkpoint, backend)
-    if checkpoint is not None:
-        model = checkpoint.report().get("model", "")
-        if not model:
-            raise CheckpointError(f"{checkpoint.folder}: no qoq_report.json names the model it was made from")
-    return ev.OriginalModel(open_source(model, trust_remote_code), device)
 
 
 def _perplexity(runner: "Model", ids: Any, model: str, backend: str, dataset: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qoq.cli.output import common_options, print_json
+from qoq.cli.output import common_options, html_option, print_json
+from qoq.cli.report_page import page
 from qoq.errors import CheckpointError, QoqError
 
 if TYPE_CHECKING:
@@ -16,16 +17,33 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read every tensor and check every group.")
+@html_option
 @common_options
-def inspect(folder: Path, verify: bool, as_json: bool) -> None:
+def inspect(folder: Path, verify: bool, html: Path | None, as_json: bool) -> None:
     """Say what FOLDER is; exit code 1 if something is wrong with it."""
     found = describe(folder, verify)
+    if html is not None:
+        write_page(folder, html)
     if as_json:
         print_json(found)
     else:
         _print(found)
     if found["problems"]:
         raise SystemExit(1)
+
+
+def write_page(folder: Path, html: Path) -> None:
+    """Write the page of the run that made a checkpoint.
+
+    Raises:
+        CheckpointError: the folder has no report of its layers.
+    """
+    from qoq.checkpoint import Checkpoint, write_bytes
+
+    report = Checkpoint(folder, check=False).report()
+    if not report.get("layers") or "causes" not in report["layers"][0]:
+        raise CheckpointError(f"{folder}: --html needs a qoq_report.json with the causes of each layer's error")
+    write_bytes(html, page(report))
 
 
 def describe(folder: Path, verify: bool) -> dict[str, Any]:

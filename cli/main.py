@@ -6,6 +6,7 @@ import click
 
 import qoq
 from qoq.cli.chat import chat
+from qoq.cli.compare import compare
 from qoq.cli.eval import evaluate
 from qoq.cli.inspect import inspect
 from qoq.cli.quantize import quantize
@@ -18,7 +19,7 @@ def group() -> None:
     """Quantize a Hugging Face LLM to W4A8KV4, prove the checkpoint right, and run it."""
 
 
-for command in (quantize, evaluate, inspect, chat):
+for command in (quantize, evaluate, compare, inspect, chat):
     group.add_command(command)
 
 

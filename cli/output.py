@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +22,19 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, **kwargs)
 
     return wrapped
+
+
+def html_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --html, a file in a folder that is there: a long run must not end without its page."""
+    return click.option(
+        "--html", type=click.Path(dir_okay=False, path_type=Path), callback=_in_a_folder, help="Write a page of layers."
+    )(command)
+
+
+def _in_a_folder(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"{path.parent}: no such folder")
+    return path
 
 
 def set_up_logging(verbose: bool) -> None:

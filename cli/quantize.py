@@ -1,13 +1,14 @@
 """qoq quantize: a checkpoint from a model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qoq.cli.output import check_device, common_options, note, print_json
+from qoq.cli.output import check_device, common_options, html_option, note, print_json
+from qoq.cli.report_page import CAUSES, page, worst_layers, worst_linear
 
 if TYPE_CHECKING:
     from qoq.recipe import Recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
+@html_option
 @common_options
 def quantize(
     model: str,
@@ -35,6 +37,7 @@ def quantize(
     device: str,
     resume: bool,
     trust_remote_code: bool,
+    html: Path | None,
     as_json: bool,
     **overrides: Any,
 ) -> None:
@@ -43,6 +46,7 @@ def quantize(
 
     from qoq import recipe
     from qoq.calibration import pipeline
+    from qoq.checkpoint import write_bytes
     from qoq.models.source import open_source
 
     check_device(device)
@@ -64,9 +68,22 @@ def quantize(
         f"{output}: {report['seconds']:.0f} s, peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB, "
         f"verified bit for bit; loss after the last layer {report['layers'][-1]['loss']:.4f}"
     )
+    _print_worst(report["layers"])
+    if html is not None:
+        write_bytes(html, page(report))
     if as_json:
         keys = ("seconds", "peak_rss_bytes", "peak_gpu_bytes", "layers")
         print_json({"output": str(output), "recipe": settings.name} | {key: report[key] for key in keys})
+
+
+def _print_worst(layers: Sequence[Mapping[str, Any]]) -> None:
+    """The layers of largest error, what it is of, and the linear that lost most."""
+    columns = sorted(CAUSES, key=lambda cause: cause != "all")
+    note("worst layers" + "".join(f"{CAUSES[cause]:>10}" for cause in columns) + "   worst linear")
+    for layer in worst_layers(layers):
+        name, loss = worst_linear(layer)
+        numbers = "".join(f"{layer['causes'][cause]:10.1e}" for cause in columns)
+        note(f"{layer['layer']:12}{numbers}   {name} {loss:.1e}")
 
 
 def override(settings: "Recipe", group_size: str | None, calib_dataset: str | None, **numbers: int | None) -> "Recipe":

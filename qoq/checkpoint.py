@@ -14,7 +14,7 @@ import json
 import operator
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from qoq import packing
 from qoq.errors import CheckpointError, OutputError, QuantizationError, RecipeError
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, ModelSpec, model_spec
 from qoq.models.decoder import KVTransform, QuantizedLayer
-from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedWeight, check_legal
+from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedWeight, check_legal, is_finite
 from qoq.recipe import KVCache
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -145,7 +145,7 @@ def to_fp16(name: str, tensor: Tensor) -> Tensor:
         QuantizationError: a value leaves the range of float16.
     """
     half = tensor.to(torch.float16)
-    if not torch.isfinite(half).all():
+    if not is_finite(half):
         raise QuantizationError(f"{name}: |value| up to {float(tensor.abs().max()):.4g} exceeds float16 (65504)")
     return half
 
@@ -389,17 +389,38 @@ def _declares_qoq(folder: Path) -> bool:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file under a temporary name, then rename it: the file is whole or absent.
 
+    Tensors lie on the CPU; no copy of them is made.
+
     Raises:
         OutputError: the disk is full or not writable.
     """
-    from safetensors.torch import save
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    kinds = {name: (names[tensor.dtype], tensor.shape, tensor.nbytes) for name, tensor in tensors.items()}
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with open(draft, "wb") as file:
+            file.write(_header(kinds, metadata or {}))
+            for tensor in tensors.values():
+                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        os.replace(draft, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
-    content = save(dict(tensors), metadata={"format": "pt", **(metadata or {})})
-    write_bytes(path, content)
+
+def _header(kinds: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file: name -> dtype, shape and bytes, in the order of the data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for name, (dtype, shape, size) in kinds.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_bytes(path: Path, content: bytes | str) -> None:
-    """Atomic write of a small file; see `write_tensors`."""
+    """Atomic write of a small file; raises as `write_tensors`."""
     draft = path.with_name(path.name + ".tmp")
     try:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -434,17 +455,9 @@ def write_shards(folder: Path, files: Iterable[Path], max_bytes: int = MAX_SHARD
 
 
 def _write_shard(path: Path, entries: Mapping[str, Entry]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, entry in entries.items():
-        offsets = [offset, offset + entry.bytes]
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        offset += entry.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     try:
         with open(path, "wb") as shard:
-            shard.write(struct.pack("<Q", len(text)) + text)
+            shard.write(_header({name: (e.dtype, e.shape, e.bytes) for name, e in entries.items()}, {}))
             for entry in entries.values():
                 with open(entry.path, "rb") as part:
                     part.seek(entry.start)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qoq.evaluate import Model
+from qoq.evaluate import Model, perplexity_of
 
 TOP_K = 256
 POSITIONS_AT_ONCE = 512
@@ -81,8 +81,8 @@ def divergence(
         mean_kl=float(values.double().mean()),
         p99_kl=float(values.sort().values[math.ceil(0.99 * len(values)) - 1]),
         same_top1=same / len(values),
-        reference_perplexity=math.exp(reference.nll),
-        perplexity=math.exp(nll / len(values)),
+        reference_perplexity=perplexity_of(reference.nll),
+        perplexity=perplexity_of(nll / len(values)),
         tail_mass=float(reference.tail.double().mean()),
         tokens=len(values),
     )

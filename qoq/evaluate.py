@@ -77,6 +77,11 @@ def mean_nll(model: Model, ids: Tensor, on_window: Callable[[], object] = lambda
     return total / (ids.shape[0] * (ids.shape[1] - 1))
 
 
+def perplexity_of(nll: float) -> float:
+    """exp(nll), short of overflow."""
+    return math.exp(min(nll, 700.0))
+
+
 def perplexity(
     model: Model,
     ids: Tensor,
@@ -88,7 +93,7 @@ def perplexity(
 ) -> Perplexity:
     """exp of the mean negative log-likelihood over all windows."""
     started = time.monotonic()
-    value = math.exp(min(mean_nll(model, ids, on_window), 700.0))
+    value = perplexity_of(mean_nll(model, ids, on_window))
     seconds = round(time.monotonic() - started, 2)
     count, seqlen = ids.shape
     return Perplexity(name, backend, dataset, seqlen, count, count * (seqlen - 1), value, seconds)

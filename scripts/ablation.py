@@ -37,30 +37,20 @@ def rows(group_size: int, nsamples: int, seqlen: int, dataset: str) -> Iterator[
         ("+ cache rotation, offsets, ratios", {"kv_cache": KVCache(True, True, ratios)}),
         ("+ SmoothAttention", {"smooth_attention": True}),
         ("+ smoothing of down_proj", {"smooth_down": True}),
-        ("+ reorder", {"reorder": True}),
         ("+ grid search", {"weights": Weights("search")}),
         ("+ GPTQ", {"weights": Weights("search", gptq=True)}),
-        ("+ asymmetric", {"weights": Weights("search", gptq=True, asymmetric=1.0)}),
+        ("+ asymmetric", {"weights": Weights("search", gptq=True, asymmetric=0.5)}),
     ]
     for name, change in steps:
         row = dataclasses.replace(row, **change)  # type: ignore[arg-type]
         yield name, row
     without: list[tuple[str, dict[str, object]]] = [
-        ("A gptq only", {"weights": Weights("search", gptq=True), "smooth_down": False, "reorder": False}),
-        ("B gptq reorder", {"weights": Weights("search", gptq=True), "smooth_down": False, "reorder": True}),
-        ("C gptq smooth", {"weights": Weights("search", gptq=True), "smooth_down": True, "reorder": False}),
-        ("D asym 1", {"weights": Weights("search", gptq=True, asymmetric=1.0), "smooth_down": False, "reorder": False}),
-        (
-            "E asym .5",
-            {"weights": Weights("search", gptq=True, asymmetric=0.5), "smooth_down": False, "reorder": False},
-        ),
-        ("F plain grid", {"weights": Weights("round", gptq=True), "smooth_down": False, "reorder": False}),
-        ("G norot", {"weights": Weights("search", gptq=True), "smooth_down": False, "reorder": False, "rotate": False}),
         ("all - rotation", {"rotate": False}),
         ("all - SmoothAttention", {"smooth_attention": False}),
         ("all - smoothing of down_proj", {"smooth_down": False}),
-        ("all - reorder", {"reorder": False}),
-        ("all - grid search", {"weights": Weights("round", gptq=True, asymmetric=1.0)}),
+        ("all + reorder", {"reorder": True}),
+        ("all, fully asymmetric", {"weights": Weights("search", gptq=True, asymmetric=1.0)}),
+        ("all - grid search", {"weights": Weights("round", gptq=True, asymmetric=0.5)}),
         ("all - cache rotation", {"kv_cache": KVCache(False, True, ratios)}),
         ("all - cache offsets", {"kv_cache": KVCache(True, False, ratios)}),
         ("all - cache ratios", {"kv_cache": KVCache(True, True)}),

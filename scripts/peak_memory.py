@@ -45,6 +45,7 @@ def main() -> None:
 
 def write_model(folder: Path, layers: int) -> int:
     """Write a model folder, a layer in memory at a time; returns the bytes of its shards."""
+    torch.manual_seed(0)
     parts = folder / "parts"
     parts.mkdir(parents=True)
     config = LlamaConfig(

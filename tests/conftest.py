@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # fastest for tiny models, and the same bit
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_recipe(text_file: Path) -> Callable[..., Recipe]:
-    """A shipped recipe with little text: tiny_recipe("rtn", group_size=64, seed=1)."""
+    """A shipped recipe with little text, the optional passes on: tiny_recipe("rtn", group_size=64, seed=1)."""
 
     def make(kind: str = "qoq", group_size: int = 128, **changes: Any) -> Recipe:
         shipped = recipe.load(f"{kind}-channel" if group_size == -1 else f"{kind}-g{group_size}")
         calibration = Calibration(dataset=str(text_file), nsamples=4, seqlen=32)
-        return dataclasses.replace(dataclasses.replace(shipped, name="tiny", calibration=calibration), **changes)
+        every_pass = {"reorder": True} if kind == "qoq" else {}
+        own = {"name": "tiny", "calibration": calibration, **every_pass, **changes}
+        return dataclasses.replace(shipped, **own)  # type: ignore[arg-type]
 
     return make
 
@@ -184,3 +187,37 @@ def relative(x: torch.Tensor, reference: torch.Tensor) -> float:
     """|x - reference| / |reference|."""
     x, reference = x.detach(), reference.detach()
     return float((x.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.fixture
+def qoq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command as the shell would; gives exit code, stdout, stderr."""
+    from qoq.cli.main import main
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qoq", *map(str, args)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def only_line(result: tuple[int, str, str]) -> str:
+    """The one line on stderr of a command that failed."""
+    code, out, err = result
+    assert code == 1 and out == "", result
+    assert len(err.splitlines()) == 1 and err.startswith("qoq: "), err
+    return err
+
+
+@pytest.fixture
+def settings_file(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    """The tiny recipe as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe.dump(tiny_recipe()))
+    return path

@@ -155,8 +155,8 @@ def test_a_write_is_whole_or_absent(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(OutputError, match=r"b.json: cannot write \(No such file or directory\)"):
         checkpoint.write_bytes(tmp_path / "absent" / "b.json", "x")
-    checkpoint.write_tensors(tmp_path / "c.safetensors", {"t": torch.arange(3)}, {"note": "hello"})
-    assert torch.equal(checkpoint.read_tensor(tmp_path / "c.safetensors", "t"), torch.arange(3))
+    checkpoint.write_tensors(tmp_path / "c.safetensors", {"t": torch.arange(3.0)}, {"note": "hello"})
+    assert torch.equal(checkpoint.read_tensor(tmp_path / "c.safetensors", "t"), torch.arange(3.0))
 
 
 # Faults

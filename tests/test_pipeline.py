@@ -136,7 +136,7 @@ def test_a_width_that_no_group_fits_is_refused_first(tmp_path, tiny_recipe):
     source = open_source(str(tmp_path / "m"))
     message = "q_proj: 192 input features are not a multiple of group size 128; fitting here: --group-size 64 or -1"
     with pytest.raises(QuantizationError, match=message):
-        pipeline.quantize(source, tmp_path / "out", tiny_recipe())
+        pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"))
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn", 64))
     assert list(Checkpoint(tmp_path / "out").problems()) == []

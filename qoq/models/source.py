@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qoq.errors import ModelError, QuantizationError
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec, model_spec
+from qoq.quant import is_finite
 
 # A real model without a hub: the GGUF inside an installed package, or else the hub's original.
 ALIASES = {
@@ -85,7 +86,7 @@ class Source:
                 tensor = file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.files[name]}: damaged safetensors ({_first_line(error)})") from None
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             at = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise QuantizationError(f"{name}: {float(tensor[tuple(at)])} at {at}, expected finite weights")
         return tensor
