@@ -7,6 +7,7 @@ Interrupted runs replay the streams through the finished layers, so that the res
 """
 
 import datetime
+import logging
 import platform
 import resource
 import time
@@ -38,6 +39,7 @@ from qoq.models.source import Source
 from qoq.recipe import Recipe
 
 PROBE_TOKENS = 16
+TOKENS_PER_FEATURE = 8  # below this, perplexity on other text was seen to rise
 MAX_TRANSFORM_ERROR = 1e-4  # of the hidden states and of the logits, relative, in float32
 
 
@@ -136,6 +138,14 @@ def quantize(
     tokenizer = source.tokenizer()
     calibration = settings.calibration
     tokens = data.samples(tokenizer, calibration.dataset, calibration.nsamples, calibration.seqlen, settings.seed)
+    widest = max(target_spec(source.spec, settings).linear_shape(name)[1] for name in LINEARS)
+    if settings.weights.gptq and tokens.numel() < TOKENS_PER_FEATURE * widest:
+        logging.getLogger(__name__).warning(
+            "%d calibration tokens are few for Hessians of %d features; %d or more are better",
+            tokens.numel(),
+            widest,
+            TOKENS_PER_FEATURE * widest,
+        )
     run = {
         "source files": source.hashes(),
         "recipe": recipe.as_dict(settings),

@@ -40,6 +40,7 @@ def _in_a_folder(context: click.Context, parameter: click.Parameter, path: Path 
 def set_up_logging(verbose: bool) -> None:
     """Log to stderr; the libraries keep quiet unless asked, and draw bars on terminals only."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
+    logging.getLogger("qoq").setLevel(logging.INFO if verbose else logging.WARNING)
     from transformers.utils import logging as transformers_logging
 
     if not verbose:

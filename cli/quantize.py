@@ -50,6 +50,7 @@ def quantize(
     from qoq.models.source import open_source
 
     check_device(device)
+    give_freed_memory_back()
     settings = override(recipe.load(recipe_name), **overrides)
     source = open_source(model, trust_remote_code)
     output = output or Path(f"{model.rstrip('/').split('/')[-1]}-QoQ-{layout(settings.group_size)}")
@@ -103,3 +104,13 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def layout(group_size: int) -> str:
     return "channel" if group_size == -1 else f"g{group_size}"
+
+
+def give_freed_memory_back() -> None:
+    """Have glibc map large blocks one by one: left to itself it keeps much of what the layers free."""
+    import contextlib
+    import ctypes
+
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc here
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)

@@ -1,7 +1,7 @@
 """Text for calibration and evaluation: bundled, from a file, or from the hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -15,9 +15,13 @@ HUB_DATASETS: dict[str, tuple[str, str | None, str | None]] = {
 }
 
 
-def documents(dataset: str, split: str = "train") -> Iterator[str]:
+Render = Callable[[list[dict[str, str]]], str]
+
+
+def documents(dataset: str, split: str = "train", render: Render | None = None) -> Iterator[str]:
     """The texts of a bundled name, a file (.txt, .raw, .jsonl, .parquet) or a split of a data set on the hub.
 
+    `render` makes text of the "messages" of a conversation in a .jsonl file; without it they are refused.
     A .txt file is one document. A .raw file is WikiText's: its lines are the rows of the data set.
 
     Raises:
@@ -26,7 +30,7 @@ def documents(dataset: str, split: str = "train") -> Iterator[str]:
     path = Path(dataset).expanduser()
     if dataset in BUNDLED:
         text = resources.files("qoq.calibration").joinpath("text", BUNDLED[dataset]).read_text(encoding="utf-8")
-        return _json_lines(text, dataset)
+        return _json_lines(text, dataset, render)
     if path.suffix in (".txt", ".raw", ".jsonl", ".parquet"):
         if not path.is_file():
             raise DataError(f"{dataset}: no such file")
@@ -38,16 +42,17 @@ def documents(dataset: str, split: str = "train") -> Iterator[str]:
             raise DataError(f"{dataset}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         if path.suffix == ".raw":
             return (line + "\n" if line.strip() else "" for line in text.split("\n")[:-1])
-        return _json_lines(text, dataset) if path.suffix == ".jsonl" else iter((text,))
+        return _json_lines(text, dataset, render) if path.suffix == ".jsonl" else iter((text,))
     return _hub(dataset, split)
 
 
-def _json_lines(content: str, where: str) -> Iterator[str]:
+def _json_lines(content: str, where: str, render: Render | None) -> Iterator[str]:
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
+            row = json.loads(line)
+            text = render(row["messages"]) if render and "messages" in row else row["text"]
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
-from qoq.calibration.data import samples, token_hash
+from qoq.calibration.data import mixture, samples, token_hash
 from qoq.errors import DataError
 
 
@@ -68,3 +68,41 @@ def test_the_hash_is_of_the_ids():
     assert token_hash(ids) == hashlib.sha256(content).hexdigest()
     assert token_hash(ids.T.contiguous().T) == token_hash(ids)
     assert token_hash(ids + 1) != token_hash(ids)
+
+
+def test_a_mixture_takes_from_each_part(tokenizer, letters):
+    ids = samples(tokenizer, f"c4:2,{letters}:3", nsamples=99, seqlen=20, seed=0)
+    assert ids.shape == (5, 20)
+    assert torch.equal(ids[:2], samples(tokenizer, "c4", 2, 20, 0))
+    assert torch.equal(ids[2:], samples(tokenizer, letters, 3, 20, 0))
+
+
+def test_parts_without_a_number_share_the_samples():
+    assert mixture("a.txt,b.txt", 8) == [("a.txt", 4), ("b.txt", 4)]
+    assert mixture("a.txt:1,b:c.txt", 8) == [("a.txt", 1), ("b:c.txt", 4)]
+
+
+@pytest.mark.parametrize("dataset", ["a.txt:0", "a.txt,", ","])
+def test_an_empty_part_is_refused(dataset):
+    with pytest.raises(DataError, match="expected names or files with at least one sample each"):
+        mixture(dataset, 8)
+
+
+def test_conversations_are_rendered_with_one_bos(tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    has_bos = rendered.startswith(tokenizer.bos_token)
+    expected = tokenizer(rendered, add_special_tokens=not has_bos).input_ids
+    ids = samples(tokenizer, str(path), 1, len(expected), 0)[0].tolist()
+    assert ids == expected and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_conversations_need_a_template(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
+    plain = make_tokenizer()
+    plain.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        samples(plain, str(path), 1, 4, 0)
