@@ -138,7 +138,8 @@ def quantize(
     tokenizer = source.tokenizer()
     calibration = settings.calibration
     tokens = data.samples(tokenizer, calibration.dataset, calibration.nsamples, calibration.seqlen, settings.seed)
-    widest = max(target_spec(source.spec, settings).linear_shape(name)[1] for name in LINEARS)
+    spec = target_spec(source.spec, settings)
+    widest = max(spec.linear_shape(name)[1] for name in LINEARS)
     if settings.weights.gptq and tokens.numel() < TOKENS_PER_FEATURE * widest:
         logging.getLogger(__name__).warning(
             "%d calibration tokens are few for Hessians of %d features; %d or more are better",
@@ -156,7 +157,6 @@ def quantize(
     }
     work = Work(output, run, resume)
 
-    spec = target_spec(source.spec, settings)
     rotations = _rotations(source.spec, spec, settings, device)
     streams, probe = _embed(source, rotations, tokens, work, device)
     layers = []

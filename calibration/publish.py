@@ -94,8 +94,7 @@ def _compare(name: str, found: str, expected: str) -> None:
 
 def linear_digest(linear: QuantizedLinear) -> str:
     """sha256 over integers, scales and bias of a linear."""
-    values = [value for value in vars(linear.weight).values()]
-    return digest(*values, *([] if linear.bias is None else [linear.bias]))
+    return digest(*vars(linear.weight).values(), *([] if linear.bias is None else [linear.bias]))
 
 
 def digest(*tensors: Tensor) -> str:
