@@ -1,13 +1,15 @@
-"""Where a layer's error comes from: its output with each quantizer switched on alone, and with all of them.
+"""Where error comes from: each quantizer switched on alone, and all of them together.
 
-Each variant takes the same full-precision input, so the numbers are the layer's own and hold nothing of the layers
-before it. They need not add up: with asymmetric targets the weights are chosen to undo part of what A8 and KV4 do.
+A layer's own part is the error of its output when every variant takes the same full-precision input. They need not
+add up: with asymmetric targets the weights are chosen to undo part of what A8 and KV4 do. What becomes of it at the
+end of the model is told by hidden states that go through all layers under one cause each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qoq.calibration.blocks import Streams
@@ -15,7 +17,11 @@ from qoq.models.architecture import ModelSpec
 from qoq.models.decoder import Linear, QuantizedLayer, Rope, float_block, simulated_block, simulated_cache
 from qoq.quant import quantize_rows
 
-TOKENS = 1024  # of the samples
+CAUSES = ("w4", "a8", "k4", "v4", "all")
+TOKENS = 512  # of the samples
+POSITIONS_AT_ONCE = 128  # whose logits are in memory
+
+Variant = Callable[[Tensor], Tensor]
 
 
 def sample(streams: Streams) -> tuple[Tensor, Rope]:
@@ -25,36 +31,63 @@ def sample(streams: Streams) -> tuple[Tensor, Rope]:
     return streams.x_fp[: TOKENS // length, :length].to(torch.float32, copy=True), (cos[:length], sin[:length])
 
 
-@torch.inference_mode()
-def causes(
+def variants(
     layer: Mapping[str, Tensor],
     quantized: QuantizedLayer,
     spec: ModelSpec,
     index: int,
-    inputs: tuple[Tensor, Rope],
+    rope: Rope,
     clip_ratios: Sequence[float],
-) -> dict[str, float]:
-    """Relative squared error of the output of a layer: from weights, activations, keys, values, and all of them.
-
-    `layer` holds the transformed full-precision tensors, `inputs` is what `sample` gave.
-    """
-    x, rope = inputs
+) -> dict[str, Variant]:
+    """The layer in full precision (""), and under each of `CAUSES`; `layer` holds its transformed tensors."""
     fp = float_block(spec, index, layer)
-    reference = fp(x, rope)
-    cached = replace(fp, kv=quantized.kv)
-    cache = simulated_cache(clip_ratios)
     weights = {f"{name}.weight": linear.weight.dequantize() for name, linear in quantized.linears.items()}
-    outputs = {
-        "w4": float_block(spec, index, {**layer, **weights})(x, rope),
-        "a8": replace(fp, linears={name: _on_rows(linear) for name, linear in fp.linears.items()})(x, rope),
-        "k4": cached(x, rope, lambda i, k, v: (cache(i, k, v)[0], v)),
-        "v4": cached(x, rope, lambda i, k, v: (k, cache(i, k, v)[1])),
-        "all": simulated_block(spec, index, quantized, x.dtype)(x, rope, cache),
+    w4 = float_block(spec, index, {**layer, **weights})
+    a8 = replace(fp, linears={name: on_rows(linear) for name, linear in fp.linears.items()})
+    cached, everything = replace(fp, kv=quantized.kv), simulated_block(spec, index, quantized, torch.float32)
+    cache = simulated_cache(clip_ratios)
+    return {
+        "": lambda x: fp(x, rope),
+        "w4": lambda x: w4(x, rope),
+        "a8": lambda x: a8(x, rope),
+        "k4": lambda x: cached(x, rope, lambda i, k, v: (cache(i, k, v)[0], v)),
+        "v4": lambda x: cached(x, rope, lambda i, k, v: (k, cache(i, k, v)[1])),
+        "all": lambda x: everything(x, rope, cache),
     }
-    return {cause: token_error(output, reference) for cause, output in outputs.items()}
 
 
-def _on_rows(linear: Linear) -> Linear:
+class Drift:
+    """A few tokens on their way through the model, in full precision and once under each of `CAUSES`."""
+
+    def __init__(self, streams: Streams):
+        x, self.rope = sample(streams)
+        self.hidden = dict.fromkeys(("", *CAUSES), x)  # (samples, T, hidden) float32
+
+    @torch.inference_mode()
+    def advance(self, through: Mapping[str, Variant]) -> dict[str, float]:
+        """Move on by one layer, given its `variants`; returns the layer's own error from each cause, `token_error`."""
+        shared, reference = self.hidden[""], through[""](self.hidden[""])
+        own = {cause: token_error(through[cause](shared), reference) for cause in CAUSES}
+        self.hidden = {name: variant(self.hidden[name]) for name, variant in through.items()}
+        return own
+
+    @torch.inference_mode()
+    def divergence(self, logits: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Mean KL divergence in nats from the full-precision model, by cause.
+
+        `logits` (1, T, hidden) -> (1, T, vocab).
+        """
+        total = dict.fromkeys(CAUSES, 0.0)
+        flat = {name: x.flatten(0, 1).split(POSITIONS_AT_ONCE) for name, x in self.hidden.items()}
+        for i, part in enumerate(flat[""]):
+            expected = logits(part[None])[0].log_softmax(-1)
+            for cause in CAUSES:
+                found = logits(flat[cause][i][None])[0].log_softmax(-1)
+                total[cause] += float(F.kl_div(found, expected, log_target=True, reduction="sum"))
+        return {cause: value / self.hidden[""][..., 0].numel() for cause, value in total.items()}
+
+
+def on_rows(linear: Linear) -> Linear:
     """The same linear on A8 inputs."""
     return lambda x: linear(quantize_rows(x.flatten(0, -2)).dequantize().unflatten(0, x.shape[:-1]))
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qoq import checkpoint
-from qoq.calibration import publish, smooth, weights
+from qoq import checkpoint, shards
+from qoq.calibration import publish, rotate, smooth, weights
 from qoq.calibration.blocks import Stopwatch, Streams, batches, observe
 from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.models.decoder import (
@@ -81,18 +81,16 @@ def quantize(
     q = Block(spec, index, {name: norm.float() for name, norm in norms.items()}, running, kv)
     report: dict[str, Any] = {}
 
-    def stage(
-        names: Sequence[str],
-        inputs: Callable[[Block, Tensor], Tensor],
-        output: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def stage(names: Sequence[str], inputs: Callable[[Block, Tensor], Tensor]) -> None:
         moments = None
         if settings.weights.gptq or settings.weights.grid == "search" or settings.weights.asymmetric:
             moments = weights.Moments(spec.linear_shape(names[0])[1], streams.x_fp.device)
             with passes("moments"):
                 for x_fp, x_q in batches(streams.x_fp, streams.x_q):
-                    counts = None if output is None else token_weight(output(x_fp))
-                    moments.add(inputs(q, x_q), inputs(fp, x_fp), counts)
+                    y_fp, counts = inputs(fp, x_fp), None
+                    if names[0] in rotate.WRITERS:
+                        counts = token_weight(x_fp + fp.linears[names[0]](y_fp))
+                    moments.add(inputs(q, x_q), y_fp, counts)
         with passes("weights"):
             chosen = weights.quantize({name: layer[f"{name}.weight"] for name in names}, moments, settings)
         for name, (weight, losses) in chosen.items():
@@ -112,13 +110,13 @@ def quantize(
         return block.norm("post_attention_layernorm", x)
 
     stage(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], before_attention)
-    stage(["self_attn.o_proj"], before_o, lambda x: fp.attention_half(x, rope, None))
+    stage(["self_attn.o_proj"], before_o)
     with passes("propagate"):
         for x_fp, x_q in batches(streams.x_fp, streams.x_q):
             x_fp.copy_(fp.attention_half(x_fp, rope, None))
             x_q.copy_(q.attention_half(x_q, rope, cache))
     stage(["mlp.gate_proj", "mlp.up_proj"], before_mlp)
-    stage(["mlp.down_proj"], lambda block, x: block.feed(before_mlp(block, x)), fp.mlp_half)
+    stage(["mlp.down_proj"], lambda block, x: block.feed(before_mlp(block, x)))
     with passes("propagate"):
         for x_fp, x_q in batches(streams.x_fp, streams.x_q):
             x_fp.copy_(fp.mlp_half(x_fp))
@@ -151,7 +149,7 @@ def pack(quantized: QuantizedLayer, index: int) -> tuple[dict[str, Tensor], dict
 def unpack(path: Path, spec: ModelSpec, index: int, settings: Recipe, device: torch.device) -> QuantizedLayer:
     """The inverse of `pack`, from the file of a finished layer."""
     prefix = f"model.layers.{index}."
-    tensors = {name: checkpoint.read_tensor(path, name).to(device) for name in checkpoint.read_header(path)}
+    tensors = {name: shards.read_tensor(path, name).to(device) for name in shards.read_header(path)}
     return QuantizedLayer(
         {name: checkpoint.unpack_linear(prefix + name, tensors) for name in LINEARS},
         {name: tensors[f"{prefix}{name}.weight"] for name in spec.norm_shapes()},

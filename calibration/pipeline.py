@@ -28,6 +28,7 @@ from qoq.calibration.work import Work
 from qoq.errors import QuantizationError
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, ModelSpec
 from qoq.models.decoder import (
+    QuantizedLayer,
     Rope,
     float_block,
     rms_norm,
@@ -116,6 +117,46 @@ class Rotations:
     residual: Tensor | None  # (hidden, width), width the hidden size of the checkpoint
     values: Tensor | None  # (head_dim, head_dim)
 
+    def embedding(self, matrix: Tensor) -> Tensor:
+        """(vocab, hidden) -> (vocab, width)."""
+        return matrix if self.residual is None else rotate.rotate_matrix(matrix, self.residual)
+
+    def layer(self, tensors: dict[str, Tensor], original: ModelSpec, spec: ModelSpec) -> None:
+        """Fold the norms of a layer, rotate and pad it, in place."""
+        if self.residual is None or self.values is None:
+            return
+        rotate.fold_norms(tensors)
+        rotate.rotate_residual(tensors, self.residual)
+        rotate.rotate_values(tensors, original, self.values)
+        pad.pad_layer(tensors, original, spec)
+
+    def head(self, norm: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
+        """The gain of the final norm (width,) and lm_head (vocab, width), the gain folded into it."""
+        if self.residual is None:
+            return norm, lm_head
+        head = rotate.rotate_matrix(lm_head, rotate.reading(self.residual), norm)
+        return torch.ones(head.shape[1]), head
+
+
+def rotations(original: ModelSpec, spec: ModelSpec, settings: Recipe, device: str) -> Rotations:
+    """The rotations of a run that makes a checkpoint of dimensions `spec`."""
+    if not settings.rotate:
+        return Rotations(None, None)
+    residual = rotate.rotation(spec.hidden_size, settings.seed)[: original.hidden_size]
+    return Rotations(residual.to(device), rotate.rotation(spec.head_dim, settings.seed).to(device))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first layer to the last."""
+
+    source: Source
+    spec: ModelSpec  # of the checkpoint
+    settings: Recipe
+    rotations: Rotations
+    work: Work
+    device: str
+
 
 def quantize(
     source: Source,
@@ -147,7 +188,7 @@ def quantize(
             widest,
             TOKENS_PER_FEATURE * widest,
         )
-    run = {
+    identity = {
         "source files": source.hashes(),
         "recipe": recipe.as_dict(settings),
         "calibration tokens": data.token_hash(tokens),
@@ -155,32 +196,34 @@ def quantize(
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
     }
-    work = Work(output, run, resume)
+    work = Work(output, identity, resume)
 
-    rotations = _rotations(source.spec, spec, settings, device)
-    streams, probe = _embed(source, rotations, tokens, work, device)
+    run = Run(source, spec, settings, rotations(source.spec, spec, settings, device), work, device)
+    streams, probe = _embed(run, tokens)
+    drift = insight.Drift(streams)
     layers = []
     for index in range(spec.num_layers):
-        layers.append(_layer(source, index, settings, rotations, streams, probe, work, device))
+        layers.append(_layer(run, index, streams, probe, drift))
         on_layer(layers[-1])
-    _head(source, settings, rotations, probe, work)
+    divergence = _head(run, probe, drift)
 
     report = {
         "model": source.name,
         "version": qoq.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": run["device"],
+        "device": identity["device"],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "source_files": run["source files"],
+        "source_files": identity["source files"],
         "calibration": {
             "dataset": calibration.dataset,
             "samples": tokens.shape[0],
             "seqlen": tokens.shape[1],
-            "sha256": run["calibration tokens"],
+            "sha256": identity["calibration tokens"],
         },
-        "recipe": run["recipe"],
+        "recipe": identity["recipe"],
         "layers": layers,
+        "kl": divergence,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_bytes": 0 if device == "cpu" else torch.cuda.max_memory_allocated(device),
         "seconds": round(time.monotonic() - started, 1),
@@ -189,33 +232,26 @@ def quantize(
     return report
 
 
-def _rotations(original: ModelSpec, spec: ModelSpec, settings: Recipe, device: str) -> Rotations:
-    if not settings.rotate:
-        return Rotations(None, None)
-    residual = rotate.rotation(spec.hidden_size, settings.seed)[: original.hidden_size]
-    return Rotations(residual.to(device), rotate.rotation(spec.head_dim, settings.seed).to(device))
-
-
-def _embed(source: Source, rotations: Rotations, tokens: Tensor, work: Work, device: str) -> tuple[Streams, Probe]:
+def _embed(run: Run, tokens: Tensor) -> tuple[Streams, Probe]:
     """Write the embedding and start streams and probe from it."""
-    original = source.embedding()
+    original = run.source.embedding()
     generator = torch.Generator().manual_seed(0)
-    probe_ids = torch.randint(0, source.spec.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    rotated = original if rotations.residual is None else rotate.rotate_matrix(original, rotations.residual)
+    probe_ids = torch.randint(0, run.source.spec.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    rotated = run.rotations.embedding(original)
     half = checkpoint.to_fp16(EMBEDDING, rotated)
-    if not work.has("embed"):
-        work.write("embed", {EMBEDDING: half}, {"digests": {EMBEDDING: publish.digest(half)}})
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    rope = rotary_embedding(source.config)
+    if not run.work.has("embed"):
+        run.work.write("embed", {EMBEDDING: half}, {"digests": {EMBEDDING: publish.digest(half)}})
+    dtype = torch.float32 if run.device == "cpu" else torch.float16
+    rope = rotary_embedding(run.source.config)
     streams = Streams(
-        x_fp=rotated[tokens].to(device, dtype),
-        x_q=half[tokens].to(device, dtype),
-        rope=_to(rope(torch.arange(tokens.shape[1])), device),
+        x_fp=rotated[tokens].to(run.device, dtype),
+        x_q=half[tokens].to(run.device, dtype),
+        rope=_to(rope(torch.arange(tokens.shape[1])), run.device),
     )
     probe = Probe(
-        original[probe_ids].to(device, torch.float32),
-        rotated[probe_ids].to(device, torch.float32),
-        _to(rope(torch.arange(PROBE_TOKENS)), device),
+        original[probe_ids].to(run.device, torch.float32),
+        rotated[probe_ids].to(run.device, torch.float32),
+        _to(rope(torch.arange(PROBE_TOKENS)), run.device),
     )
     return streams, probe
 
@@ -224,82 +260,73 @@ def _to(rope: Rope, device: str) -> Rope:
     return rope[0].to(device), rope[1].to(device)
 
 
-def _layer(
-    source: Source,
-    index: int,
-    settings: Recipe,
-    rotations: Rotations,
-    streams: Streams,
-    probe: Probe,
-    work: Work,
-    device: str,
-) -> dict[str, Any]:
-    """Transform, check, quantize and write one layer, and move the streams past it."""
-    started, passes = time.monotonic(), blocks.Stopwatch(torch.device(device))
-    spec, part = target_spec(source.spec, settings), f"layer-{index:05d}"
+def _layer(run: Run, index: int, streams: Streams, probe: Probe, drift: insight.Drift) -> dict[str, Any]:
+    """Transform, check, quantize and write one layer, and move everything past it."""
+    started, passes = time.monotonic(), blocks.Stopwatch(torch.device(run.device))
+    spec, settings, part = run.spec, run.settings, f"layer-{index:05d}"
     with passes("read"):
-        weights = source.layer(index, device)
-    blocks.propagate(float_block(source.spec, index, dict(weights)), probe.original, probe.rope)
-    if rotations.residual is not None and rotations.values is not None:
-        with passes("rotate"):
-            rotate.fold_norms(weights)
-            rotate.rotate_residual(weights, rotations.residual)
-            rotate.rotate_values(weights, source.spec, rotations.values)
-            pad.pad_layer(weights, source.spec, spec)
-    done = work.has(part)
+        weights = run.source.layer(index, run.device)
+    blocks.propagate(float_block(run.source.spec, index, dict(weights)), probe.original, probe.rope)
+    with passes("rotate"):
+        run.rotations.layer(weights, run.source.spec, spec)
     with passes("smooth"):
         kv, choices = layer.transform(weights, spec, index, streams, settings)
     blocks.propagate(float_block(spec, index, weights), probe.transformed, probe.rope)
-    error = probe.error(rotations.residual)
+    error = probe.error(run.rotations.residual)
     check_transform(error, f"layer {index}")
-    if done:
-        _replay(weights, spec, index, settings, streams, work)
-        return {key: value for key, value in work.report(part).items() if key != "digests"}
 
-    inputs = insight.sample(streams)
-    quantized, losses = layer.quantize(weights, kv, spec, index, streams, settings, passes)
+    done = run.work.has(part)
+    if done:
+        quantized = layer.unpack(run.work.path(part), spec, index, settings, streams.x_fp.device)
+        _replay(weights, quantized, run, index, streams)
+    else:
+        quantized, losses = layer.quantize(weights, kv, spec, index, streams, settings, passes)
+    with passes("insight"):
+        ratios = settings.kv_cache.clip_ratios
+        causes = drift.advance(insight.variants(weights, quantized, spec, index, drift.rope, ratios))
+    if done:
+        return {key: value for key, value in run.work.report(part).items() if key != "digests"}
     report = {
         "layer": index,
         "loss": relative_error(streams.x_q, streams.x_fp),
         "transform_error": error,
         **choices,
         "linears": losses,
-        "causes": insight.causes(weights, quantized, spec, index, inputs, settings.kv_cache.clip_ratios),
+        "causes": causes,
     }
     with passes("pack"):
         tensors, digests = layer.pack(quantized, index)
     report |= {"seconds": round(time.monotonic() - started, 2), "passes": passes.seconds}
-    work.write(part, tensors, {**report, "digests": digests})
+    run.work.write(part, tensors, {**report, "digests": digests})
     return report
 
 
-def _replay(
-    weights: dict[str, Tensor], spec: ModelSpec, index: int, settings: Recipe, streams: Streams, work: Work
-) -> None:
+def _replay(weights: dict[str, Tensor], quantized: QuantizedLayer, run: Run, index: int, streams: Streams) -> None:
     """Move the streams past a layer that an interrupted run finished."""
-    quantized = layer.unpack(work.path(f"layer-{index:05d}"), spec, index, settings, streams.x_fp.device)
     dtype = streams.x_fp.dtype
-    blocks.propagate(float_block(spec, index, weights, dtype), streams.x_fp, streams.rope)
-    cache = simulated_cache(settings.kv_cache.clip_ratios)
-    blocks.propagate(simulated_block(spec, index, quantized, dtype), streams.x_q, streams.rope, cache)
+    blocks.propagate(float_block(run.spec, index, weights, dtype), streams.x_fp, streams.rope)
+    cache = simulated_cache(run.settings.kv_cache.clip_ratios)
+    blocks.propagate(simulated_block(run.spec, index, quantized, dtype), streams.x_q, streams.rope, cache)
 
 
-def _head(source: Source, settings: Recipe, rotations: Rotations, probe: Probe, work: Work) -> None:
-    """Compare the logits of the transformed model with the original's, and write the final norm and lm_head."""
-    eps, new_eps = source.spec.rms_norm_eps, target_spec(source.spec, settings).rms_norm_eps
-    original, norm = source.lm_head(), source.final_norm()
-    head, gain = original, norm
-    if rotations.residual is not None:
-        head = rotate.rotate_matrix(original, rotate.reading(rotations.residual), norm)
-        gain = torch.ones(head.shape[1])
+def _head(run: Run, probe: Probe, drift: insight.Drift) -> dict[str, float]:
+    """Compare the logits of the transformed model with the original's, and write the final norm and lm_head.
+
+    Returns the KL divergence of each cause.
+    """
+    eps, new_eps = run.source.spec.rms_norm_eps, run.spec.rms_norm_eps
+    original, norm = run.source.lm_head(), run.source.final_norm()
+    gain, head = run.rotations.head(norm, original)
     expected = _logits(probe.original, norm, original, eps)
     check_transform(relative_error(_logits(probe.transformed, gain, head, new_eps), expected) ** 0.5, "the logits")
-    if not work.has("head"):
+    if not run.work.has("head"):
         tensors = {
             FINAL_NORM: checkpoint.to_fp16(FINAL_NORM, gain),
             LM_HEAD: checkpoint.to_fp16(LM_HEAD, head).contiguous(),
         }
-        work.write("head", tensors, {"digests": {name: publish.digest(tensor) for name, tensor in tensors.items()}})
+        digests = {name: publish.digest(tensor) for name, tensor in tensors.items()}
+        run.work.write("head", tensors, {"digests": digests})
+    return drift.divergence(lambda x: _logits(x, gain, head, new_eps))
 
 
 def _logits(x: Tensor, gain: Tensor, head: Tensor, eps: float) -> Tensor:

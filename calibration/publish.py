@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qoq import checkpoint, recipe
+from qoq import checkpoint, recipe, shards
 from qoq.calibration import card, pad
 from qoq.calibration.work import Work
 from qoq.errors import CheckpointError, OutputError
@@ -37,13 +37,13 @@ def _assemble(source: Source, spec: ModelSpec, settings: Recipe, tokenizer: Any,
         shutil.rmtree(work.draft)
     try:
         work.draft.mkdir()
-        checkpoint.write_shards(work.draft, [work.path(part) for part in _parts(spec)])
+        shards.write_shards(work.draft, [work.path(part) for part in _parts(spec)])
         tokenizer.save_pretrained(work.draft)
         for pattern in CARRIED_FILES:
             for path in source.folder.glob(pattern):
                 shutil.copyfile(path, work.draft / path.name)
     except OSError as error:
-        raise work.keep(checkpoint.cannot_write(work.draft, error)) from None
+        raise work.keep(shards.cannot_write(work.draft, error)) from None
     except OutputError as error:
         raise work.keep(error) from None
     config = json.loads((source.folder / "config.json").read_text())
@@ -55,7 +55,7 @@ def _assemble(source: Source, spec: ModelSpec, settings: Recipe, tokenizer: Any,
         "torch_dtype": "float16",
         "quantization_config": checkpoint.quantization_config(settings.group_size, settings.kv_cache),
     }
-    checkpoint.write_bytes(work.draft / "config.json", json.dumps(config, indent=2) + "\n")
+    shards.write_bytes(work.draft / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _parts(spec: ModelSpec) -> list[str]:
@@ -64,9 +64,9 @@ def _parts(spec: ModelSpec) -> list[str]:
 
 def _describe(source: Source, settings: Recipe, report: Mapping[str, Any], work: Work) -> None:
     """Write recipe, report and model card."""
-    checkpoint.write_bytes(work.draft / "qoq_recipe.yaml", recipe.dump(settings))
-    checkpoint.write_bytes(work.draft / "qoq_report.json", json.dumps(report, indent=2) + "\n")
-    checkpoint.write_bytes(work.draft / "README.md", card.text(source, settings))
+    shards.write_bytes(work.draft / "qoq_recipe.yaml", recipe.dump(settings))
+    shards.write_bytes(work.draft / "qoq_report.json", json.dumps(report, indent=2) + "\n")
+    shards.write_bytes(work.draft / "README.md", card.text(source, settings))
 
 
 def verify(work: Work, spec: ModelSpec) -> None:

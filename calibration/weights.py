@@ -44,7 +44,6 @@ class Moments:
     def __init__(self, features: int, device: torch.device | str):
         self.h = torch.zeros(features, features, device=device)  # sum x_q x_q^T
         self.g = torch.zeros(features, features, device=device)  # sum x_fp x_q^T
-        self.tokens = 0
 
     def add(self, x_q: Tensor, x_fp: Tensor, token_weight: Tensor | None = None) -> None:
         """Inputs (..., K) of the quantized model, before A8, and of the full-precision one, for the same tokens.
@@ -58,7 +57,6 @@ class Moments:
         with tensor_cores():
             self.h.addmm_(x_q.T, x_q)
             self.g.addmm_(x_fp.T, x_q)
-        self.tokens += x_q.shape[0]
 
 
 @contextmanager
@@ -86,6 +84,11 @@ class Grid:
     @property
     def groups(self) -> int:
         return self.step.shape[1]
+
+
+def nearest_code(v: Tensor, step: Tensor, zero: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The code in low..high whose value code * step - zero is nearest to v; all broadcast."""
+    return torch.minimum(torch.maximum(((v + zero) / step).round_(), low), high)
 
 
 def damped_cholesky(h: Tensor) -> tuple[Tensor, float] | None:
@@ -161,8 +164,7 @@ class _Best:
     def offer(self, step: Tensor, zero: Tensor) -> None:
         """Keep step and zero (N, G), integers, where they are legal and better."""
         code_low, code_high = code_range(step, zero)
-        codes = ((self.v + zero[..., None]) / step[..., None]).round()
-        codes = torch.maximum(torch.minimum(codes, code_high[..., None]), code_low[..., None])
+        codes = nearest_code(self.v, *(x[..., None] for x in (step, zero, code_low, code_high)))
         loss = ((codes * step[..., None] - zero[..., None] - self.v).square() * self.weight).sum(2)
         better = (loss < self.loss) & (code_low <= code_high)
         self.loss = torch.where(better, loss, self.loss)
@@ -203,8 +205,7 @@ def _search_channel(w: Tensor, importance: Tensor) -> Grid:
 def onto_grid(w: Tensor, grid: Grid) -> QuantizedWeight:
     """Round w (N, K) float32 to the nearest grid values."""
     v = (w / grid.s1.float()[:, None]).unflatten(1, (grid.groups, -1))
-    codes = ((v + grid.zero[..., None]) / grid.step[..., None]).round()
-    codes = torch.maximum(torch.minimum(codes, grid.high[..., None]), grid.low[..., None])
+    codes = nearest_code(v, *(x[..., None] for x in (grid.step, grid.zero, grid.low, grid.high)))
     return as_weight(codes.flatten(1), grid)
 
 
@@ -238,8 +239,7 @@ def gptq(w: Tensor, grid: Grid, h: Tensor) -> tuple[QuantizedWeight, float] | No
         errors = torch.empty_like(block)
         for j in range(len(block)):
             g = group_of[start + j]
-            code = ((block[j] + zero[g]) / step[g]).round_()
-            code = torch.minimum(torch.maximum(code, low[g]), high[g])
+            code = nearest_code(block[j], step[g], zero[g], low[g], high[g])
             codes[start + j] = code
             errors[j] = (block[j] - (code * step[g] - zero[g])) / u[j, j]
             block[j + 1 :] -= u[j, j + 1 :, None] * errors[j]

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qoq import checkpoint
+from qoq import checkpoint, shards
 from qoq.errors import OutputError
 
 RUN = "run.json"
@@ -50,8 +50,8 @@ class Work:
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise checkpoint.cannot_write(self.parts, error) from None
-        checkpoint.write_bytes(marker, json.dumps(run, indent=2) + "\n")
+            raise shards.cannot_write(self.parts, error) from None
+        shards.write_bytes(marker, json.dumps(run, indent=2) + "\n")
 
     def _refuse_other(self, run: dict[str, Any]) -> None:
         try:
@@ -78,7 +78,7 @@ class Work:
             OutputError: says how to go on after a full disk.
         """
         try:
-            checkpoint.write_tensors(self.path(part), tensors, {"report": json.dumps(report)})
+            shards.write_tensors(self.path(part), tensors, {"report": json.dumps(report)})
         except OutputError as error:
             raise self.keep(error) from None
 
@@ -108,7 +108,7 @@ class Work:
                 self.output.rmdir()
             self.draft.rename(self.output)
         except OSError as error:
-            raise self.keep(checkpoint.cannot_write(self.output, error)) from None
+            raise self.keep(shards.cannot_write(self.output, error)) from None
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -11,7 +11,8 @@ from qoq.cli.report_page import page
 from qoq.errors import CheckpointError, QoqError
 
 if TYPE_CHECKING:
-    from qoq.checkpoint import Checkpoint, Entry
+    from qoq.checkpoint import Checkpoint
+    from qoq.shards import Entry
 
 
 @click.command()
@@ -38,7 +39,8 @@ def write_page(folder: Path, html: Path) -> None:
     Raises:
         CheckpointError: the folder has no report of its layers.
     """
-    from qoq.checkpoint import Checkpoint, write_bytes
+    from qoq.checkpoint import Checkpoint
+    from qoq.shards import write_bytes
 
     report = Checkpoint(folder, check=False).report()
     if not report.get("layers") or "causes" not in report["layers"][0]:
@@ -52,7 +54,8 @@ def describe(folder: Path, verify: bool) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such folder.
     """
-    from qoq.checkpoint import Checkpoint, read_header
+    from qoq.checkpoint import Checkpoint
+    from qoq.shards import read_header
 
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")

@@ -46,8 +46,8 @@ def quantize(
 
     from qoq import recipe
     from qoq.calibration import pipeline
-    from qoq.checkpoint import write_bytes
     from qoq.models.source import open_source
+    from qoq.shards import write_bytes
 
     check_device(device)
     give_freed_memory_back()
@@ -70,10 +70,12 @@ def quantize(
         f"verified bit for bit; loss after the last layer {report['layers'][-1]['loss']:.4f}"
     )
     _print_worst(report["layers"])
+    divergences = ", ".join(f"{CAUSES[cause]} {value:.1e}" for cause, value in report["kl"].items())
+    note(f"KL divergence from the original on {report['calibration']['dataset']}: {divergences}")
     if html is not None:
         write_bytes(html, page(report))
     if as_json:
-        keys = ("seconds", "peak_rss_bytes", "peak_gpu_bytes", "layers")
+        keys = ("seconds", "peak_rss_bytes", "peak_gpu_bytes", "kl", "layers")
         print_json({"output": str(output), "recipe": settings.name} | {key: report[key] for key in keys})
 
 

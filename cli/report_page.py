@@ -153,6 +153,7 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Calibration", f"{calibration['samples']} x {calibration['seqlen']} tokens of {calibration['dataset']}"
     yield "Layers", f"{len(layers)}; worst: {', '.join(str(layer['layer']) for layer in worst_layers(layers))}"
     yield "Error after the last layer", f"{_number(layers[-1]['loss'])}, of the hidden states, all layers together"
+    yield "KL divergence", ", ".join(f"{CAUSES[cause]} {_number(value)}" for cause, value in report["kl"].items())
     yield "Time", f"{report['seconds']:.0f} s on {report['device']}, {report['date']}"
     memory = f"{report['peak_rss_bytes'] / 2**30:.2f} GiB"
     yield "Peak memory", memory + (f", GPU {gpu / 2**30:.2f} GiB" if (gpu := report["peak_gpu_bytes"]) else "")

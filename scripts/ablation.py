@@ -3,7 +3,8 @@
 
     scripts/ablation.py --model smollm2-135m --device cuda --ppl tests/data/wiki.test.head.raw
 
-Each row is the one above with one pass more; rows can be chosen with --rows.
+First KV4 alone and A8 alone under the whole recipe's transforms, weights in full precision; then each row is the one
+above with one pass more; then the whole recipe without one pass. Rows can be chosen with --rows.
 """
 
 import dataclasses
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import torch
+from torch import Tensor
 
 from qoq import evaluate, recipe
-from qoq.calibration import pipeline
+from qoq.calibration import blocks, data, insight, layer, pipeline
 from qoq.checkpoint import Checkpoint
 from qoq.compare import divergence, top_k
 from qoq.errors import QuantizationError
-from qoq.models.source import open_source
+from qoq.models.decoder import Cache, Decoder, float_block, rotary_embedding, simulated_cache
+from qoq.models.source import Source, open_source
 from qoq.recipe import KVCache, Recipe, Weights
 
 HELD_BACK = Path(__file__).parent.parent / "tests" / "data" / "c4_heldout.jsonl"
@@ -59,6 +63,44 @@ def rows(group_size: int, nsamples: int, seqlen: int, dataset: str) -> Iterator[
         yield name, dataclasses.replace(row, **change)  # type: ignore[arg-type]
 
 
+class Alone:
+    """The transformed model with unquantized weights, and one quantizer."""
+
+    def __init__(self, decoder: Decoder, cache: Cache | None):
+        self.decoder, self.cache = decoder, cache
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.decoder(ids.to(self.decoder.embedding.device), self.cache)
+
+
+def alone(source: Source, settings: Recipe, device: str) -> Iterator[tuple[str, Alone]]:
+    """KV4 alone, A8 alone."""
+    spec, calibration = pipeline.target_spec(source.spec, settings), settings.calibration
+    turn = pipeline.rotations(source.spec, spec, settings, device)
+    tokens = data.samples(
+        source.tokenizer(), calibration.dataset, calibration.nsamples, calibration.seqlen, settings.seed
+    )
+    embedding, rope = turn.embedding(source.embedding()).to(device), rotary_embedding(source.config)
+    x = embedding[tokens.to(device)]
+    streams = blocks.Streams(x, x, rope(torch.arange(tokens.shape[1], device=device)))
+    with_kv, with_a8 = [], []
+    for index in range(spec.num_layers):
+        tensors = source.layer(index, device)
+        turn.layer(tensors, source.spec, spec)
+        kv, _ = layer.transform(tensors, spec, index, streams, settings)
+        block = float_block(spec, index, tensors)
+        blocks.propagate(block, x, streams.rope)
+        with_kv.append(dataclasses.replace(block, kv=kv))
+        linears = {name: insight.on_rows(linear) for name, linear in block.linears.items()}
+        with_a8.append(dataclasses.replace(block, linears=linears))
+    norm, head = (x.float().to(device) for x in turn.head(source.final_norm(), source.lm_head()))
+    yield (
+        "KV4 alone",
+        Alone(Decoder(embedding, with_kv, norm, head, rope), simulated_cache(settings.kv_cache.clip_ratios)),
+    )
+    yield "A8 alone", Alone(Decoder(embedding, with_a8, norm, head, rope), None)
+
+
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -83,9 +125,15 @@ def main(model, device, datasets, windows, group_sizes, calib_dataset, nsamples,
     results = [{"row": "full precision"} | _perplexities(original, texts)]
     del original
     _print_row(results[0])
+    wanted = chosen.split(",")
     for group_size in group_sizes:
-        for name, settings in rows(group_size, nsamples, seqlen, calib_dataset):
-            if chosen and not any(part in name for part in chosen.split(",")):
+        table = dict(rows(group_size, nsamples, seqlen, calib_dataset))
+        if any(part in "KV4 alone, A8 alone" for part in wanted):
+            for name, model in alone(source, table["+ asymmetric"], device):
+                results.append({"row": f"{group_size:4} {name}"} | _perplexities(model, texts))
+                _print_row(results[-1])
+        for name, settings in table.items():
+            if not any(part in name for part in wanted):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "checkpoint"

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qoq import checkpoint
+from qoq import shards
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec, model_spec
 
 LIMIT = 0.35
@@ -64,8 +64,8 @@ def write_model(folder: Path, layers: int) -> int:
     files = []
     for number, tensors in enumerate(random_parts(model_spec(config, "random"))):
         files.append(parts / f"{number:05d}.safetensors")
-        checkpoint.write_tensors(files[-1], tensors)
-    checkpoint.write_shards(folder, files, SHARD_BYTES)
+        shards.write_tensors(files[-1], tensors)
+    shards.write_shards(folder, files, SHARD_BYTES)
     for file in files:
         file.unlink()
     parts.rmdir()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qoq import checkpoint
+from qoq import checkpoint, shards
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, OutputError, QoqError, QuantizationError
 from qoq.models.architecture import LINEARS
@@ -116,9 +116,9 @@ def test_fp16_range_is_checked():
 @pytest.mark.parametrize("max_bytes", [1, 20_000, 50_000, 10**9])
 def test_shards_round_trip(checkpoint_folder, tmp_path, max_bytes):
     folder = checkpoint_folder()
-    checkpoint.write_shards(tmp_path, [folder / SHARD], max_bytes)
+    shards.write_shards(tmp_path, [folder / SHARD], max_bytes)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    index = json.loads((tmp_path / checkpoint.INDEX).read_text())
+    index = json.loads((tmp_path / shards.INDEX).read_text())
     files = sorted(tmp_path.glob("*.safetensors"))
     assert [f.name for f in files] == [
         f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
@@ -141,22 +141,22 @@ def test_several_files_are_merged_in_order(tmp_path):
     for number in range(3):
         save_file({f"t{number}": torch.full((5,), number)}, tmp_path / f"{number}.part")
     (tmp_path / "out").mkdir()
-    checkpoint.write_shards(tmp_path / "out", [tmp_path / f"{number}.part" for number in (2, 0, 1)])
-    header = checkpoint.read_header(tmp_path / "out" / SHARD)
+    shards.write_shards(tmp_path / "out", [tmp_path / f"{number}.part" for number in (2, 0, 1)])
+    header = shards.read_header(tmp_path / "out" / SHARD)
     assert list(header) == ["t2", "t0", "t1"]
     assert all((load_file(tmp_path / "out" / SHARD)[f"t{n}"] == n).all() for n in range(3))
     assert all(entry.start % 8 == 0 for entry in header.values())
 
 
 def test_a_write_is_whole_or_absent(tmp_path):
-    checkpoint.write_bytes(tmp_path / "a.json", "old")
-    checkpoint.write_bytes(tmp_path / "a.json", b"new")
+    shards.write_bytes(tmp_path / "a.json", "old")
+    shards.write_bytes(tmp_path / "a.json", b"new")
     assert (tmp_path / "a.json").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(OutputError, match=r"b.json: cannot write \(No such file or directory\)"):
-        checkpoint.write_bytes(tmp_path / "absent" / "b.json", "x")
-    checkpoint.write_tensors(tmp_path / "c.safetensors", {"t": torch.arange(3.0)}, {"note": "hello"})
-    assert torch.equal(checkpoint.read_tensor(tmp_path / "c.safetensors", "t"), torch.arange(3.0))
+        shards.write_bytes(tmp_path / "absent" / "b.json", "x")
+    shards.write_tensors(tmp_path / "c.safetensors", {"t": torch.arange(3.0)}, {"note": "hello"})
+    assert torch.equal(shards.read_tensor(tmp_path / "c.safetensors", "t"), torch.arange(3.0))
 
 
 # Faults

@@ -23,9 +23,9 @@ CAUSES = ["w4", "a8", "k4", "v4", "all"]
 T = 24
 
 
-def inputs_of(source):
+def drift_of(source):
     x = torch.randn(3, T, source.spec.hidden_size, generator=torch.Generator().manual_seed(0))
-    return x, rotary_embedding(source.config)(torch.arange(T))
+    return insight.Drift(Streams(x, x, rotary_embedding(source.config)(torch.arange(T))))
 
 
 def rounded(source, group_size=128, kv=KVTransform(True)):  # noqa: B008
@@ -40,8 +40,9 @@ def rounded(source, group_size=128, kv=KVTransform(True)):  # noqa: B008
     return layer, QuantizedLayer(linears, norms, kv)
 
 
-def causes(source, layer, quantized, inputs=None):
-    return insight.causes(layer, quantized, source.spec, 0, inputs or inputs_of(source), (1.0,))
+def causes(source, layer, quantized, drift=None):
+    drift = drift or drift_of(source)
+    return drift.advance(insight.variants(layer, quantized, source.spec, 0, drift.rope, (1.0,)))
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -83,6 +84,28 @@ def test_keys_and_values_are_told_apart(llama):
         assert (found["w4"], found["a8"]) == (plain["w4"], plain["a8"])
 
 
+def test_errors_travel_to_the_end(llama):
+    """Under each cause alone the tokens keep their own hidden states; KL is that of their logits."""
+    source = open_source(str(llama))
+    layer, quantized = rounded(source)
+    drift = drift_of(source)
+    start = drift.hidden[""]
+    first = causes(source, layer, quantized, drift)
+    through = insight.variants(layer, quantized, source.spec, 0, drift.rope, (1.0,))
+    for cause in CAUSES:
+        assert insight.token_error(drift.hidden[cause], drift.hidden[""]) == pytest.approx(first[cause])
+        assert torch.equal(drift.hidden[cause], through[cause](start))
+    once = dict(drift.hidden)
+    causes(source, layer, quantized, drift)
+    assert torch.equal(drift.hidden["w4"], through["w4"](once["w4"]))
+
+    head = torch.randn(50, source.spec.hidden_size, generator=torch.Generator().manual_seed(2)) / 10
+    found = drift.divergence(lambda x: x @ head.T)
+    for cause in CAUSES:
+        p, q = ((drift.hidden[name].double() @ head.T.double()).softmax(-1) for name in ("", cause))
+        assert found[cause] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+
+
 def test_each_token_counts_by_its_own_size():
     reference = torch.tensor([[1.0, 1.0], [1000.0, 1000.0]])
     x = torch.tensor([[1.5, 0.5], [1000.0, 1000.0]])
@@ -90,7 +113,7 @@ def test_each_token_counts_by_its_own_size():
     assert insight.token_error(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
 
 
-@pytest.mark.parametrize(("shape", "taken"), [((5, 400, 8), (2, 400)), ((2, 3000, 8), (1, 1024)), ((2, 9, 8), (2, 9))])
+@pytest.mark.parametrize(("shape", "taken"), [((5, 200, 8), (2, 200)), ((2, 3000, 8), (1, 512)), ((2, 9, 8), (2, 9))])
 def test_the_sample_is_small_and_a_copy(shape, taken):
     x = torch.zeros(shape)
     rope = (torch.zeros(shape[1], 4), torch.zeros(shape[1], 4))
@@ -134,6 +157,7 @@ class Page(html.parser.HTMLParser):
 def test_a_checkpoint_tells_the_causes(report):
     assert [list(layer["causes"]) for layer in report["layers"]] == [CAUSES, CAUSES]
     assert all(value > 0 for layer in report["layers"] for value in layer["causes"].values())
+    assert list(report["kl"]) == CAUSES and all(value > 0 for value in report["kl"].values())
 
 
 def test_the_page_loads_nothing(report):
@@ -191,8 +215,10 @@ def test_quantize_prints_the_worst_layers_and_writes_the_page(qoq, llama, settin
     page, output = tmp_path / "page.html", tmp_path / "out"
     code, out, err = qoq("quantize", "--model", llama, "--output", output, "--recipe", settings_file, "--html", page)
     assert code == 0 and out == "", err
-    layers = json.loads((output / "qoq_report.json").read_text())["layers"]
-    heading, *rows = err.splitlines()[-3:]
+    report = json.loads((output / "qoq_report.json").read_text())
+    layers = report["layers"]
+    heading, *rows, divergences = err.splitlines()[-4:]
+    assert f"W4 {report['kl']['w4']:.1e}, " in divergences and f"all {report['kl']['all']:.1e}" in divergences
     assert heading.split() == ["worst", "layers", "all", "W4", "A8", "K4", "V4", "worst", "linear"]
     for row, layer in zip(rows, sorted(layers, key=lambda layer: -layer["causes"]["all"]), strict=True):
         numbers = [f"{layer['causes'][cause]:.1e}" for cause in ("all", "w4", "a8", "k4", "v4")]

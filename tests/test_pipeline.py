@@ -14,7 +14,7 @@ import torch
 from conftest import GROUP_SIZES, TESTS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from qoq import checkpoint, recipe
+from qoq import recipe, shards
 from qoq.calibration import pipeline
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, OutputError, QuantizationError
@@ -59,7 +59,7 @@ def test_a_run_makes_a_sound_checkpoint(checkpoint_folder, source, tiny_recipe, 
     assert list(made.problems()) == []
     assert made.config.tie_word_embeddings is False and made.config.quantization_config["group_size"] == group_size
     assert recipe.parse((folder / "qoq_recipe.yaml").read_text()) == tiny_recipe(group_size=group_size)
-    names = {"config.json", "qoq_report.json", "README.md", "tokenizer.json", checkpoint.INDEX, SHARD}
+    names = {"config.json", "qoq_report.json", "README.md", "tokenizer.json", shards.INDEX, SHARD}
     assert names <= {path.name for path in folder.iterdir()}
     assert not folder.with_name(folder.name + ".work").exists()
 
@@ -114,7 +114,7 @@ def test_the_report_says_what_happened(checkpoint_folder, source, tiny_recipe):
 
 def test_the_plan_knows_the_size_of_the_result(checkpoint_folder, source, tiny_recipe):
     for group_size in GROUP_SIZES:
-        index = json.loads((checkpoint_folder("llama", group_size) / checkpoint.INDEX).read_text())
+        index = json.loads((checkpoint_folder("llama", group_size) / shards.INDEX).read_text())
         plan = pipeline.plan(source, tiny_recipe(group_size=group_size))
         assert plan.output_bytes == index["metadata"]["total_size"]
         assert plan.layers == 2 and plan.tokens == 128 and plan.source_bytes == source.bytes()
@@ -326,7 +326,7 @@ def largest_file(size):
 
 
 def layer_bytes(folder):
-    return sum(entry.bytes for name, entry in checkpoint.read_entries(folder).items() if ".layers.0." in name)
+    return sum(entry.bytes for name, entry in shards.read_entries(folder).items() if ".layers.0." in name)
 
 
 def test_a_disk_that_fills_up_with_shards(checkpoint_folder, source, tiny_recipe, tmp_path):
@@ -365,7 +365,7 @@ def test_a_disk_that_fills_up_with_layers(checkpoint_folder, llama, source, tiny
 
 @pytest.mark.parametrize("byte", [-1, -100_000, -200_000])
 def test_a_flipped_bit_in_the_draft_is_found(source, tiny_recipe, tmp_path, monkeypatch, byte):
-    write = checkpoint.write_shards
+    write = shards.write_shards
 
     def write_and_flip(folder, files, *args, **kwargs):
         write(folder, files, *args, **kwargs)
@@ -373,7 +373,7 @@ def test_a_flipped_bit_in_the_draft_is_found(source, tiny_recipe, tmp_path, monk
         content[byte] ^= 1
         (folder / SHARD).write_bytes(content)
 
-    monkeypatch.setattr(checkpoint, "write_shards", write_and_flip)
+    monkeypatch.setattr(shards, "write_shards", write_and_flip)
     with pytest.raises(CheckpointError, match=r"^(model|lm_head)\..*(: what was written differs|is illegal)"):
         pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"))
     assert not (tmp_path / "out").exists()
