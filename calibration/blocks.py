@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qoq.models.decoder import Block, Cache, Rope, attention
+from qoq.models.decoder import Block, Cache, Rope, attention, visible
 
 TOKENS_AT_ONCE = 4096
 
@@ -81,19 +81,40 @@ class LayerStatistics:
 
     queries: ChannelStatistics  # (Hq, D), after RoPE
     keys: ChannelStatistics  # (Hkv, D), after RoPE
-    values: ChannelStatistics  # (Hkv, D)
+    value_centre: Tensor  # (Hkv, D), `attended_mean` of the first batch
     down: ChannelStatistics  # (intermediate,), the input of down_proj
 
 
 @torch.inference_mode()
 def observe(block: Block, x: Tensor, rope: Rope) -> LayerStatistics:
     """Run the layer over x (samples, T, hidden), which stays as it is."""
-    found = LayerStatistics(*(ChannelStatistics() for _ in range(4)))
+    queries, keys, down = (ChannelStatistics() for _ in range(3))
+    centre = None
     for (batch,) in batches(x):
         q, k, v = block.heads(block.norm("input_layernorm", batch), rope)
-        for statistics, heads in ((found.queries, q), (found.keys, k), (found.values, v)):
+        for statistics, heads in ((queries, q), (keys, k)):
             statistics.add(heads.transpose(1, 2).flatten(0, 1))
-        out = attention(q, k, v, block.spec.windows[block.index])
-        middle = batch + block.linears["self_attn.o_proj"](out)
-        found.down.add(block.feed(block.norm("post_attention_layernorm", middle)).flatten(0, 1))
-    return found
+        window = block.spec.windows[block.index]
+        centre = attended_mean(q, k, v, window) if centre is None else centre
+        middle = batch + block.linears["self_attn.o_proj"](attention(q, k, v, window))
+        down.add(block.feed(block.norm("post_attention_layernorm", middle)).flatten(0, 1))
+    assert centre is not None
+    return LayerStatistics(queries, keys, centre, down)
+
+
+def attended_mean(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Mean of v (B, Hkv, T, D) over tokens weighted by the squared attention each gets, (Hkv, D) float32.
+
+    A query's output takes the error of a token's value times its attention. Attention sinks weigh most, and their
+    values lie far from the plain mean: centred by that, the row with the largest share would have the largest error.
+    """
+    mask = visible(k.shape[2], k.shape[2], window, k.device)
+    total = torch.zeros(v.shape[1], v.shape[3], device=v.device)
+    mass = torch.zeros(v.shape[1], 1, device=v.device)
+    for sample in range(len(k)):  # one head at a time: (group, T, T)
+        for head, queries in enumerate(q[sample].unflatten(0, (k.shape[1], -1))):
+            scores = (queries @ k[sample, head].T).float() * q.shape[-1] ** -0.5
+            weight = scores.masked_fill_(~mask, -torch.inf).softmax(-1).square_().sum((0, 1))
+            total[head] += weight @ v[sample, head].float()
+            mass[head] += weight.sum()
+    return total / mass

@@ -85,7 +85,7 @@ def kv_transform(kv_cache: KVCache, found: LayerStatistics, scales: Tensor | Non
     if not kv_cache.offset:
         return KVTransform(kv_cache.rotate)
     keys = found.keys.mean if scales is None else found.keys.mean / scales
-    return KVTransform(kv_cache.rotate, keys.to(torch.float16), found.values.mean.to(torch.float16))
+    return KVTransform(kv_cache.rotate, keys.to(torch.float16), found.value_centre.to(torch.float16))
 
 
 def smooth_attention(layer: Layer, spec: ModelSpec, scales: Tensor) -> None:

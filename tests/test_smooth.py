@@ -1,12 +1,14 @@
 """Smoothing: keys and the input of down_proj get flatter by just the chosen scales. (Equality: test_rotate.py)"""
 
+import itertools
+
 import pytest
 import torch
 from conftest import relative
 from test_decoder import some_ids
 
 from qoq.calibration import smooth
-from qoq.calibration.blocks import observe
+from qoq.calibration.blocks import attended_mean, observe
 from qoq.models.decoder import float_block, rotary_embedding
 from qoq.models.source import open_source
 from qoq.recipe import KVCache
@@ -46,7 +48,7 @@ def test_keys_are_divided_and_queries_multiplied(source_folder, family):
     assert relative(after.keys.absmax * scales, before.keys.absmax) < 1e-4
     per_query = scales.repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=0)
     assert relative(after.queries.absmax, before.queries.absmax * per_query) < 1e-4
-    assert torch.allclose(after.values.absmax, before.values.absmax)
+    assert torch.allclose(after.value_centre, before.value_centre, atol=1e-6)
 
 
 def test_qk_norm_takes_the_scales_in_its_gains(source_folder):
@@ -95,6 +97,22 @@ def test_the_down_search_heeds_the_weight_of_tokens():
     assert torch.equal(weighed, repeated)
     assert choice.after == pytest.approx(expected.after, rel=1e-4)
     assert choice.before == pytest.approx(expected.before, rel=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_values_are_centred_by_the_attention_they_get(window):
+    """Against the definition, written out token by token."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 6, 8, generator=generator) * 2
+    k, v = (torch.randn(2, 2, 6, 8, generator=generator) for _ in range(2))
+    total, mass = torch.zeros(2, 8), torch.zeros(2)
+    for sample, head, query in itertools.product(range(2), range(4), range(6)):
+        seen = range(0 if window is None else max(0, query - window + 1), query + 1)
+        scores = torch.stack([q[sample, head, query] @ k[sample, head // 2, t] / 8**0.5 for t in seen])
+        for t, p in zip(seen, scores.softmax(0), strict=True):
+            total[head // 2] += p**2 * v[sample, head // 2, t]
+            mass[head // 2] += p**2
+    assert torch.allclose(attended_mean(q, k, v, window), total / mass[:, None], atol=1e-5)
 
 
 def test_down_smoothing_divides_the_input_of_down_proj(llama):

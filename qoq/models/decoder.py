@@ -57,6 +57,14 @@ def rotary_embedding(config: Any) -> Callable[[Tensor], Rope]:
     return rope
 
 
+def visible(tq: int, tk: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of Tk keys each of the last Tq positions may attend to, (Tq, Tk) bool."""
+    query = torch.arange(tk - tq, tk, device=device)[:, None]
+    key = torch.arange(tk, device=device)
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, dtype: torch.dtype | None = None) -> Tensor:
     """Causal attention of q (B, Hq, Tq, D) over k, v (B, Hkv, Tk, D) -> (B, Tq, Hq * D).
 
@@ -65,11 +73,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, dtype: torch.
     tq, tk = q.shape[2], k.shape[2]
     mask = None
     if tq != tk or (window is not None and tk > window):
-        query = torch.arange(tk - tq, tk, device=q.device)[:, None]
-        key = torch.arange(tk, device=q.device)
-        mask = key <= query
-        if window is not None:
-            mask &= key > query - window
+        mask = visible(tq, tk, window, q.device)
     to = dtype or q.dtype
     out = F.scaled_dot_product_attention(
         q.to(to), k.to(to), v.to(to), attn_mask=mask, is_causal=mask is None, enable_gqa=True
