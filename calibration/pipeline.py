@@ -31,12 +31,12 @@ from qoq.models.decoder import (
     QuantizedLayer,
     Rope,
     float_block,
-    rms_norm,
     rotary_embedding,
     simulated_block,
     simulated_cache,
 )
 from qoq.models.source import Source
+from qoq.quant import rms_norm
 from qoq.recipe import Recipe
 
 PROBE_TOKENS = 16

@@ -60,11 +60,35 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     amax = x.abs().amax(dim=1)
     finite = torch.isfinite(amax)
     usable = finite & (amax > 0)
-    inverse = torch.where(usable, 127.0 / torch.where(usable, amax, 1.0), 0.0)
+    # tensors on both sides: torch computes number / tensor, and on a GPU tensor / number, by an inexact reciprocal
+    top = torch.full_like(amax, 127.0)
+    inverse = torch.where(usable, top / torch.where(usable, amax, 1.0), 0.0)
     scaled = torch.where(usable[:, None], x * inverse[:, None], 0.0)
     x8 = scaled.round().clamp(-127, 127).to(torch.int8)
-    sx = torch.where(finite, amax / 127.0, torch.nan)
+    sx = torch.where(finite, amax / top, torch.nan)
     return QuantizedRows(x8, sx, x8.sum(dim=1, dtype=torch.int32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight over the last dimension, in float32 or wider, to the dtype of x."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, in float32 or wider, to the dtype of gate."""
+    wide = torch.float64 if gate.dtype == torch.float64 else torch.float32
+    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+def rmsnorm_quant(x: Tensor, weight: Tensor, eps: float) -> QuantizedRows:
+    """The norm of x (M, K) float16 as the next linear takes it."""
+    return quantize_rows(rms_norm(x, weight, eps))
+
+
+def silu_mul_quant(gate_up: Tensor) -> QuantizedRows:
+    """gate_up (M, 2K) float16, the gate in its first half -> silu(gate) * up (M, K) as the next linear takes it."""
+    return quantize_rows(silu_mul(*gate_up.chunk(2, dim=1)))
 
 
 # Weights

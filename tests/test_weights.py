@@ -156,6 +156,6 @@ def test_linears_that_share_an_input_are_split_again():
     together = weights.quantize(matrices, moments, settings(128, EVERYTHING))
     assert list(together) == ["a", "b", "c"]
     for name, w in matrices.items():
-        alone, _ = weights.quantize({name: w}, moments, settings(128, EVERYTHING))[name]
+        alone, _ = weights.quantize({name: w}, moments_of(correlated(0)), settings(128, EVERYTHING))[name]
         assert together[name][0].codes.shape == w.shape
         assert (together[name][0].codes == alone.codes).float().mean() > 0.99

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qoq.models.architecture import LINEARS, ModelSpec
-from qoq.quant import QuantizedLinear, hadamard, quantize_kv, quantize_rows
+from qoq.quant import QuantizedLinear, hadamard, quantize_kv, quantize_rows, rms_norm, silu_mul
 
 Linear = Callable[[Tensor], Tensor]
 # (layer, k, v) of the new tokens -> all keys and values that attention may see, both (B, Hkv, T, D)
@@ -23,17 +23,6 @@ Rope = tuple[Tensor, Tensor]
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dimension, in the dtype of x."""
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, in the dtype of gate."""
-    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
