@@ -5,6 +5,7 @@ import sys
 import click
 
 import qoq
+from qoq.cli.bench import bench
 from qoq.cli.chat import chat
 from qoq.cli.compare import compare
 from qoq.cli.eval import evaluate
@@ -19,7 +20,7 @@ def group() -> None:
     """Quantize a Hugging Face LLM to W4A8KV4, prove the checkpoint right, and run it."""
 
 
-for command in (quantize, evaluate, compare, inspect, chat):
+for command in (quantize, evaluate, compare, inspect, chat, bench):
     group.add_command(command)
 
 

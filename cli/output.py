@@ -27,11 +27,12 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def html_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --html, a file in a folder that is there: a long run must not end without its page."""
     return click.option(
-        "--html", type=click.Path(dir_okay=False, path_type=Path), callback=_in_a_folder, help="Write a page of layers."
+        "--html", type=click.Path(dir_okay=False, path_type=Path), callback=in_a_folder, help="Write a page of layers."
     )(command)
 
 
-def _in_a_folder(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+def in_a_folder(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file in a folder that is not there, before a long run."""
     if path is not None and not path.parent.is_dir():
         raise click.BadParameter(f"{path.parent}: no such folder")
     return path

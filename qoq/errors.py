@@ -6,6 +6,7 @@
     ├── RecipeError        a recipe file or setting
     ├── QuantizationError  numbers that cannot be quantized, or a transform that changed the model
     ├── CheckpointError    a checkpoint folder that is incomplete, damaged or contradictory
+    ├── KernelError        GPU kernels that cannot be compiled, loaded or run here
     └── OutputError        an output folder that cannot be used or written
 
 Each message is one line: what, where, and what was expected. The command line prints it and exits with 1;
@@ -34,6 +35,10 @@ class QuantizationError(QoqError):
 
 
 class CheckpointError(QoqError):
+    pass
+
+
+class KernelError(QoqError):
     pass
 
 

@@ -151,12 +151,14 @@ class QuantizedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., K) float -> (..., N) float16, by the integer GEMM."""
-        rows, weight = quantize_rows(x.flatten(0, -2)), self.weight
+        return self.multiply(quantize_rows(x.flatten(0, -2))).unflatten(0, x.shape[:-1])
+
+    def multiply(self, rows: QuantizedRows) -> Tensor:
+        """(M, K) in A8 -> (M, N) float16."""
+        weight = self.weight
         if isinstance(weight, ChannelWeight):
-            y = gemm_channel(rows, weight.integers(), weight.s1, weight.szero, self.bias)
-        else:
-            y = gemm_grouped(rows, weight.integers(), weight.s1, self.bias)
-        return y.unflatten(0, x.shape[:-1])
+            return gemm_channel(rows, weight.integers(), weight.s1, weight.szero, self.bias)
+        return gemm_grouped(rows, weight.integers(), weight.s1, self.bias)
 
 
 def guarded_scale(scale: Tensor) -> Tensor:

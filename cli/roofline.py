@@ -1,0 +1,53 @@
+"""The picture of `qoq bench kernels --plot`: GEMMs under the roofline of a card."""
+
+import io
+from collections.abc import Sequence
+from math import inf
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qoq.kernels.bench import Product
+    from qoq.kernels.timing import Machine
+
+STYLES = {"qkv": ("#0072b2", "o"), "o": ("#e69f00", "s"), "gate_up": ("#009e73", "D"), "down": ("#cc79a7", "^")}
+
+
+def roofline(products: "Sequence[Product]", machine: "Machine") -> bytes:
+    """A PNG: operations for each byte against operations in a second, both logarithmic; one curve for each linear."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xscale="log", yscale="log", xlabel="operations / byte", ylabel="TOPS")
+    groups = "per channel" if products[0].group_size == -1 else f"groups of {products[0].group_size}"
+    axes.set_title(f"{machine.card.name}: W4A8 GEMMs, {groups}, each point with its number of tokens")
+    axes.grid(True, which="both", linewidth=0.3)
+
+    reach = [0.7 * min(each.intensity for each in products), 1.5 * max(each.intensity for each in products)]
+    peak = machine.peak
+    most = peak.operations if peak else inf
+
+    def ceiling(bandwidth: float, style: str, label: str) -> None:
+        corners = sorted({*reach, min(max(most / bandwidth, reach[0]), reach[1])})
+        axes.plot(corners, [1e-12 * min(bandwidth * x, most) for x in corners], style, color="0.4", label=label)
+
+    ceiling(machine.copy, "--", f"device copy, {1e-9 * machine.copy:.0f} GB/s")
+    if peak is not None:
+        label = f"data sheet, {1e-9 * peak.bandwidth:.0f} GB/s and {1e-12 * peak.operations:.0f} TOPS"
+        ceiling(peak.bandwidth, "-", label)
+
+    for linear in dict.fromkeys(each.linear for each in products):
+        of_linear = [each for each in products if each.linear == linear]
+        color, marker = STYLES[linear]
+        x, y = [each.intensity for each in of_linear], [each.tops for each in of_linear]
+        axes.plot(
+            x, y, marker=marker, color=color, linewidth=0.8, label=f"{linear} {of_linear[0].N} x {of_linear[0].K}"
+        )
+    for m in dict.fromkeys(each.M for each in products):
+        lowest = min((each for each in products if each.M == m), key=lambda each: each.tops)
+        place = (lowest.intensity, lowest.tops)
+        axes.annotate(str(m), place, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8)
+    axes.legend(loc="lower right", fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

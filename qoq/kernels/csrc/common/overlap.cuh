@@ -1,0 +1,18 @@
+// A kernel may start while the one before it in the stream still runs (programmatic dependent launch, sm_90 and newer):
+// what it does first must not depend on it. Launches of `build.Module` always allow this, so every kernel here waits
+// before it touches memory that another kernel writes or reads; only constants, such as weights, may be read earlier.
+#pragma once
+
+// Until every kernel before this one has ended and what it wrote is visible. For each thread by itself.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may take the multiprocessors that this one leaves free.
+__device__ __forceinline__ void allow_successor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}

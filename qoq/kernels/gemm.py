@@ -1,0 +1,292 @@
+"""The W4A8 GEMM: packed weights as kernels read them, and `w4a8_gemm` over csrc/gemm_mma.cu and csrc/gemm_wgmma.cu."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qoq import packing, quant
+from qoq.kernels import tiling
+from qoq.kernels.build import Specialisation, architecture, module
+from qoq.kernels.library import expect, register
+from qoq.kernels.tiling import KERNELS, Card, Config
+from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedRows, QuantizedWeight
+
+# Sums of K products of a byte and an int8 must fit int32, and so must those of per-channel codes times 16.
+MAX_K = (2**31 - 1) // (255 * 127)
+NEGATIVE = 128  # in a byte of PackedWeight.s2: 128 - z is negative
+
+MMA_CODE = (r"IMMA\.16832\.U8\.S8", r"LDS\.128", r"LDSM\.16\.M88\.4", r"LDGSTS\.E\.BYPASS\.128")
+WGMMA_CODE = (
+    r"IGMMA\.64x\d+x32\.U8\.S8",
+    r"LDS\.128",
+    r"UBLKCP",
+    r"STSM\.16\.MT88\.4",
+    r"LDGSTS\.E\.BYPASS\.128",
+    r"ACQBULK",  # griddepcontrol.wait
+)
+SPECIALISATIONS = (
+    *(
+        Specialisation("gemm_mma.cu", KERNELS["mma"].defines(Config("mma", *tile, 3), group_size), expected=MMA_CODE)
+        for tile in KERNELS["mma"].shapes
+        for group_size in ((128, 64, -1) if tile in ((32, 16), (64, 64), (128, 128), (256, 128)) else (128,))
+    ),
+    *(
+        Specialisation(
+            "gemm_wgmma.cu",
+            KERNELS["wgmma"].defines(Config("wgmma", *tile, 6, splits), group_size),
+            architectures=("sm_90a",),
+            expected=WGMMA_CODE,
+        )
+        for tile in KERNELS["wgmma"].shapes
+        for group_size in (128, 64, -1)
+        for splits in ((1, 3, 8) if tile in ((128, 8), (128, 64), (256, 128)) else (1,))
+    ),
+)
+
+
+# Weights
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """W4 in the byte order of a checkpoint (`qoq.packing`), N % 32 == 0.
+
+    One byte differs from a checkpoint's. A kernel computes w8 + 128 = codes * s2 + (128 - z) for four weights at
+    once, which works only with the true 128 - z, of nine bits: z may lie outside 0..255 where the weights of a group
+    have one sign. The byte of `zeros` holds eight of them, and bit 7 of the byte of `s2` (1..17) is set where
+    128 - z < 0.
+    """
+
+    qweight: Tensor  # (N, K/2) int8
+    s1: Tensor  # (N,) float16
+    s2: Tensor | None = None  # (G, N) int8, columns in packed order; grouped weights alone, as zeros
+    zeros: Tensor | None = None  # (G, N) int8, -z mod 256
+    szero: Tensor | None = None  # (N,) float16; per-channel weights alone
+
+    def __post_init__(self) -> None:
+        """Check shapes, types, devices.
+
+        Raises:
+            ValueError: what was expected.
+        """
+        expect("qweight", self.qweight, torch.int8, (None, None))
+        n, k = self.qweight.shape[0], self.qweight.shape[1] * 2
+        if n == 0 or n % packing.TILE != 0 or k == 0 or k % packing.TILE != 0 or k > MAX_K:
+            raise ValueError(f"qweight: N = {n}, K = {k}, expected multiples of {packing.TILE} with K <= {MAX_K}")
+        expect("s1", self.s1, torch.float16, (n,), like=self.qweight)
+        if self.szero is not None:
+            if self.s2 is not None or self.zeros is not None:
+                raise ValueError("szero and s2: expected s2 and zeros of groups, or szero of channels")
+            expect("szero", self.szero, torch.float16, (n,), like=self.qweight)
+        elif self.s2 is not None and self.zeros is not None:
+            expect("s2", self.s2, torch.int8, (None, n), like=self.qweight)
+            expect("zeros", self.zeros, torch.int8, self.s2.shape, like=self.qweight)
+            if self.group_size not in (128, 64) or k % self.group_size != 0:
+                raise ValueError(f"s2: {self.s2.shape[0]} groups of K = {k}, expected groups of 128 or 64")
+        else:
+            raise ValueError("expected s2 and zeros of groups, or szero of channels")
+
+    @property
+    def N(self) -> int:
+        return self.qweight.shape[0]
+
+    @property
+    def K(self) -> int:
+        return self.qweight.shape[1] * 2
+
+    @property
+    def group_size(self) -> int:
+        """128 or 64, -1 per channel."""
+        return -1 if self.s2 is None else self.K // max(1, self.s2.shape[0])
+
+    @staticmethod
+    def pack(weight: QuantizedWeight) -> "PackedWeight":
+        """The kernels' form of a legal weight (`quant.check_legal`)."""
+        qweight = packing.pack_qweight(weight.codes)
+        if isinstance(weight, ChannelWeight):
+            return PackedWeight(qweight, weight.s1, szero=weight.szero)
+        s2 = weight.s2 | torch.where(weight.z > 128, NEGATIVE, 0)
+        return PackedWeight(qweight, weight.s1, packing.pack_level2(s2), packing.pack_zeros(weight.z))
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> "PackedWeight":
+        """From a linear's tensors in a checkpoint: qweight, s1_scales, and s2_scales, s2_zeros or s1_szeros.
+
+        Checks them on their device, which for grouped weights takes a moment of K * N bytes of memory.
+
+        Raises:
+            CheckpointError, QuantizationError: a group that no kernel can multiply exactly.
+        """
+        qweight, s1 = tensors["qweight"], tensors["s1_scales"]
+        codes = packing.unpack_qweight(qweight)
+        if "s1_szeros" in tensors:
+            quant.check_legal(ChannelWeight(codes, s1, tensors["s1_szeros"]), "qweight")
+            return PackedWeight(qweight, s1, szero=tensors["s1_szeros"])
+        s2 = packing.unpack_level2(tensors["s2_scales"])
+        z = packing.unpack_zeros(tensors["s2_zeros"], codes, s2)
+        quant.check_legal(GroupedWeight(codes, s1, s2, z), "qweight")
+        marked = packing.pack_level2(s2 | torch.where(z > 128, NEGATIVE, 0))
+        return PackedWeight(qweight, s1, marked, tensors["s2_zeros"])
+
+    def unpack(self) -> QuantizedWeight:
+        """The inverse of `pack`."""
+        codes = packing.unpack_qweight(self.qweight)
+        if self.s2 is None or self.zeros is None:
+            assert self.szero is not None
+            return ChannelWeight(codes, self.s1, self.szero)
+        s2 = packing.unpack_level2(self.s2)
+        z = 128 - (packing.unpack_level2(self.zeros) + 128 & 255) + torch.where(s2 < 0, 256, 0)
+        return GroupedWeight(codes, self.s1, s2 & 31, z.to(torch.int32))
+
+    def to(self, device: str | torch.device) -> "PackedWeight":
+        """The same weight on a device."""
+        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
+        return PackedWeight(**moved)
+
+
+# The op
+
+
+def w4a8_gemm(
+    rows: QuantizedRows,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """rows (M, K) times W^T, plus bias (N,) float16, then plus residual (M, N) float16 -> (M, N) float16.
+
+    The bits are those of `quant.gemm_grouped` or `quant.gemm_channel`, and of a separate addition of the residual, for
+    every M, card and `config`; a row with sx = NaN is NaN and touches no other. `config` forces a kernel and its
+    tiles, which `tiling.choose` picks otherwise.
+
+    Products with few tiles are shared by several blocks, through one workspace for each device: calls on two streams
+    of a device must not run at the same time. Before a CUDA graph is captured, `workspace` must have been called.
+
+    Raises:
+        ValueError: an argument of a wrong shape, type or device, or an illegal `config`.
+    """
+    x8 = rows.x8
+    expect("x8", x8, torch.int8, (None, weight.K), like=weight.qweight)
+    m, n = x8.shape[0], weight.N
+    expect("sx", rows.sx, torch.float32, (m,), like=x8)
+    expect("sums", rows.sums, torch.int32, (m,), like=x8)
+    if bias is not None:
+        expect("bias", bias, torch.float16, (n,), like=x8)
+    if residual is not None:
+        expect("residual", residual, torch.float16, (m, n), like=x8)
+    out = torch.empty(m, n, dtype=torch.float16, device=x8.device)
+    if m == 0:
+        return out
+
+    tile: list[int] = []
+    partials = None
+    if x8.is_cuda:
+        card = card_of(x8.device)
+        shape = m, n, weight.K, weight.group_size
+        if config is None:
+            config = tiling.choose(card, *shape)
+        elif problem := tiling.problem(config, card, *shape):
+            raise ValueError(f"config: {problem}")
+        tile = [config.rows, config.tokens, config.stages, config.splits]
+        partials = workspace(x8.device)
+    _w4a8_gemm(
+        x8,
+        rows.sx,
+        rows.sums,
+        weight.qweight,
+        weight.s1,
+        weight.s2,
+        weight.zeros,
+        weight.szero,
+        bias,
+        residual,
+        config.kernel if config else "",
+        tile,
+        weight.group_size,
+        partials,
+        out,
+    )
+    return out
+
+
+@cache
+def card_of(device: torch.device) -> Card:
+    """What `tiling` must know of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return Card(properties.name, architecture(device), properties.multi_processor_count)
+
+
+@cache
+def workspace(device: torch.device) -> Tensor:
+    """Counters and partial sums for split tiles on a CUDA device; all zero whenever no GEMM runs there.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, whose memory pool must not own what later calls use.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"w4a8_gemm: call workspace({str(device)!r}) before a CUDA graph is captured")
+    return torch.zeros(tiling.COUNTERS + tiling.PARTIALS, dtype=torch.int32, device=device)
+
+
+def _gemm_cuda(
+    x8: Tensor,
+    sx: Tensor,
+    sums: Tensor,
+    qweight: Tensor,
+    s1: Tensor,
+    s2: Tensor | None,
+    zeros: Tensor | None,
+    szero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel: str,
+    tile: list[int],
+    group_size: int,
+    workspace: Tensor | None,
+    out: Tensor,
+) -> None:
+    (m, k), n, config = x8.shape, qweight.shape[0], Config(kernel, *tile)
+    face = KERNELS[kernel]
+    module(face.source, x8.device, face.defines(config, group_size)).launch(
+        "w4a8_gemm",
+        face.grid(config, group_size, card_of(x8.device), m, n),
+        face.threads(config),
+        (x8, sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, workspace, m, n, k, config.splits),
+        face.shared_bytes(config, group_size),
+    )
+
+
+def _gemm_cpu(
+    x8: Tensor,
+    sx: Tensor,
+    sums: Tensor,
+    qweight: Tensor,
+    s1: Tensor,
+    s2: Tensor | None,
+    zeros: Tensor | None,
+    szero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel: str,
+    tile: list[int],
+    group_size: int,
+    workspace: Tensor | None,
+    out: Tensor,
+) -> None:
+    weight = PackedWeight(qweight, s1, s2, zeros, szero).unpack()
+    y = QuantizedLinear(weight, bias).multiply(QuantizedRows(x8, sx, sums))
+    out.copy_(y if residual is None else residual + y)
+
+
+_w4a8_gemm = register(
+    "w4a8_gemm(Tensor x8, Tensor sx, Tensor sums, Tensor qweight, Tensor s1, Tensor? s2, Tensor? zeros, Tensor? szero,"
+    " Tensor? bias, Tensor? residual, str kernel, int[] tile, int group_size, Tensor(a!)? workspace, Tensor(b!) out)"
+    " -> ()",
+    cuda=_gemm_cuda,
+    cpu=_gemm_cpu,
+)

@@ -1,0 +1,341 @@
+"""Which GEMM kernel runs, and in what tiles: legal configurations, the tuned table, and a model of time for the rest.
+
+Every configuration gives the same bits, so the choice is about time alone. It depends on the card and on the shape of
+the product and is never measured at run time: `tuning.json` holds what `scripts/tune_kernels.py` found for some cards
+and shapes; for others the configuration of least modelled time is taken.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+STEP = 128  # features of K in one stage
+STEPS_IN_SPLIT = 4  # at least, so that filling and draining the pipeline stays small beside them
+COUNTERS = 16384  # int32 words of the workspace: one counter for each split tile, then
+PARTIALS = 4 << 20  # partial sums
+TUNING = Path(__file__).with_name("tuning.json")
+BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens for which the table has entries
+
+
+# Cards
+
+
+@dataclass(frozen=True)
+class Card:
+    """A kind of GPU, or one that the code has never met."""
+
+    name: str
+    architecture: str  # as the compiler calls it
+    multiprocessors: int
+
+    @property
+    def limits(self) -> "Limits":
+        return LIMITS.get(self.architecture, LIMITS["sm_89"])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one multiprocessor. Rates are for each clock, of what kernels reach rather than of data sheets."""
+
+    shared_bytes: int
+    memory: float  # bytes from device memory, the multiprocessor's share
+    cache: float  # bytes from L2
+    products: int  # int8 multiply-adds of mma.sync
+    kernels: tuple[str, ...] = ("mma",)  # that run there, the fastest last
+
+
+KB = 1024
+LIMITS = {
+    "sm_80": Limits(164 * KB, 11.8, 36, 2000),
+    "sm_86": Limits(100 * KB, 5.5, 16, 1000),
+    "sm_89": Limits(100 * KB, 2.3, 14, 1000),
+    "sm_90a": Limits(228 * KB, 14.4, 24, 2700, ("mma", "wgmma")),
+    "sm_120": Limits(100 * KB, 4.0, 14, 1000),
+}
+RESERVED = 1 * KB  # of shared memory, by the system, for each block
+LATENCY = 1400  # clocks from asking device memory to having
+
+
+# Kernels
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a GEMM runs. A tile is `rows` rows of W by `tokens` tokens; `stages` steps of K are kept in shared memory;
+    `splits` blocks share the steps of a tile."""
+
+    kernel: str
+    rows: int
+    tokens: int
+    stages: int
+    splits: int = 1
+
+    def tiles(self, M: int, N: int) -> int:
+        return -(-M // self.tokens) * -(-N // self.rows)
+
+
+class Kernel(ABC):
+    """A GEMM kernel: the tiles it offers and how one is launched."""
+
+    source: str
+    shapes: tuple[tuple[int, int], ...]  # rows, tokens
+    fewest_stages: int
+    most_stages: int
+    most_splits: int
+
+    @abstractmethod
+    def threads(self, config: Config) -> int:
+        """In a block."""
+
+    @abstractmethod
+    def shared_bytes(self, config: Config, group_size: int) -> int:
+        """Of a block."""
+
+    @abstractmethod
+    def resident(self, config: Config) -> int:
+        """Blocks for which a multiprocessor has registers."""
+
+    @abstractmethod
+    def grid(self, config: Config, group_size: int, card: Card, M: int, N: int) -> tuple[int, int, int]:
+        """Blocks to launch."""
+
+    @abstractmethod
+    def split_fits(self, config: Config, group_size: int, M: int, N: int) -> bool:
+        """Whether splits > 1 have room for their partial sums."""
+
+    @abstractmethod
+    def clocks(self, config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> float:
+        """A rough time: that of device memory, L2 and arithmetic, each with what the grid leaves idle."""
+
+    def defines(self, config: Config, group_size: int) -> dict[str, int | str]:
+        return {"ROWS": config.rows, "TOKENS": config.tokens, "STAGES": config.stages, "GROUP_SIZE": group_size}
+
+
+def memory_clocks(
+    config: Config, card: Card, M: int, N: int, K: int, group_size: int, busy: int, at_once: int
+) -> float:
+    """For reading and writing everything once, with `at_once` blocks on each of `busy` multiprocessors."""
+    kernel, limits = KERNELS[config.kernel], card.limits
+    ring = kernel.shared_bytes(config, group_size) * (config.stages - 1) / config.stages
+    in_flight = at_once * min(ring, -(-steps(K) // config.splits) * step_bytes(config, group_size))
+    total = N * K // 2 + N * levels_bytes(1, group_size) * steps(K) + M * K + 2 * M * N
+    return total / min(card.multiprocessors * limits.memory, busy * in_flight / LATENCY)
+
+
+def step_bytes(config: Config, group_size: int) -> int:
+    """That a block reads for a step."""
+    return config.rows * STEP // 2 + levels_bytes(config.rows, group_size) + config.tokens * STEP
+
+
+def levels_bytes(rows: int, group_size: int) -> int:
+    """s2 and zeros of one step; per-channel weights keep the room of one group."""
+    return 2 * rows * (1 if group_size == -1 else STEP // group_size)
+
+
+class Mma(Kernel):
+    """mma.sync on sm_80 and newer (csrc/gemm_mma.cu): eight warps, 32 rows each; fewer rows mean teams along K."""
+
+    source = "gemm_mma.cu"
+    shapes = (
+        *((rows, tokens) for tokens in (8, 16, 32) for rows in (32, 64, 128)),
+        *((rows, 64) for rows in (64, 128, 256)),
+        *((rows, 128) for rows in (128, 256)),
+    )
+    fewest_stages, most_stages, most_splits = 2, 8, 16
+    ROWS = 256  # of all warps together
+    OVERHEAD = 2500  # clocks of a launch, its first copies and its last stores
+    DEQUANTIZE = 2.5  # clocks for a row of W in one step
+    SPLIT_OVERHEAD = 2500  # clocks in which blocks that share a tile find one another
+    SPLIT_BYTES = 8  # moved for each partial sum
+
+    def threads(self, config: Config) -> int:
+        return self.ROWS
+
+    def shared_bytes(self, config: Config, group_size: int) -> int:
+        rows, tokens, teams = config.rows, config.tokens, self.ROWS // config.rows
+        stage = rows * STEP // 2 + tokens * STEP + levels_bytes(rows, group_size)
+        ring = -(-stage // 128) * 128 * config.stages * teams
+        parts = 4 * rows * tokens * (teams - 1)
+        turned = 2 * (rows + 8) * tokens
+        return max(ring, 8 * tokens + max(parts, turned))
+
+    def resident(self, config: Config) -> int:
+        return 1 if config.tokens >= 64 else 2
+
+    def grid(self, config: Config, group_size: int, card: Card, M: int, N: int) -> tuple[int, int, int]:
+        return config.tiles(M, N), config.splits, 1
+
+    def split_fits(self, config: Config, group_size: int, M: int, N: int) -> bool:
+        tiles = config.tiles(M, N)
+        return tiles <= COUNTERS and tiles * config.rows * config.tokens <= PARTIALS
+
+    def clocks(self, config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> float:
+        limits, count = card.limits, card.multiprocessors
+        blocks = config.tiles(M, N) * config.splits
+        turns = -(-steps(K) // config.splits)  # steps of a block
+        busy = min(count, blocks)
+        at_once = min(resident(config, card, group_size), -(-blocks // busy))
+        memory = memory_clocks(config, card, M, N, K, group_size, busy, at_once)
+        fullest = -(-blocks // count)  # blocks of the busiest multiprocessor
+        l2 = max(fullest, blocks / count) * turns * step_bytes(config, group_size) / limits.cache
+        multiply = max(self.DEQUANTIZE, config.tokens * STEP / limits.products)
+        products = fullest * turns * config.rows * multiply
+        waves = -(-blocks // (count * at_once))
+        clocks = max(memory, l2, products) + self.OVERHEAD + (waves - 1) * LATENCY / at_once
+        if config.splits > 1:
+            moved = blocks * config.rows * config.tokens * self.SPLIT_BYTES
+            clocks += self.SPLIT_OVERHEAD + moved / (count * limits.cache)
+        return clocks
+
+
+class Wgmma(Kernel):
+    """wgmma on sm_90a (csrc/gemm_wgmma.cu): a warpgroup for 128 rows and one that loads; splits are clusters."""
+
+    source = "gemm_wgmma.cu"
+    shapes = tuple((rows, tokens) for tokens in (8, 16, 32, 64, 96, 128) for rows in (128, 256))
+    fewest_stages, most_stages, most_splits = 3, 12, 8
+    WARPGROUP = 128
+    PART = 18  # multiprocessors, in one of which parts all blocks of a cluster must be; the last is smaller
+    OVERHEAD = 7000  # clocks of a launch, its first copies and its last stores
+    SPLIT_OVERHEAD = 300  # clocks in which the blocks of a cluster find one another
+    SUM = 0.15  # clocks for showing a partial sum and adding it up
+    WAVE = 6000  # clocks between the end of clusters and the work of those that found no room before
+
+    def threads(self, config: Config) -> int:
+        return config.rows + self.WARPGROUP
+
+    def shared_bytes(self, config: Config, group_size: int) -> int:
+        rows, tokens = config.rows, config.tokens
+        stage = rows * STEP // 2 + tokens * STEP + levels_bytes(rows, group_size) + 16
+        return config.stages * stage + 16 * rows + 8 * tokens * (rows // self.WARPGROUP)
+
+    def resident(self, config: Config) -> int:
+        return 2 if config.rows == self.WARPGROUP and config.tokens <= (64 if config.splits > 1 else 32) else 1
+
+    def grid(self, config: Config, group_size: int, card: Card, M: int, N: int) -> tuple[int, int, int]:
+        tiles = config.tiles(M, N)
+        if config.splits > 1:
+            return tiles * config.splits, 1, 1
+        return min(tiles, card.multiprocessors * resident(config, card, group_size)), 1, 1
+
+    def split_fits(self, config: Config, group_size: int, M: int, N: int) -> bool:
+        return config.stages * STEP * (config.rows // 2 + config.tokens) >= 4 * config.rows * config.tokens
+
+    def clocks(self, config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> float:
+        blocks = config.tiles(M, N) * config.splits
+        turns = -(-steps(K) // config.splits)  # steps of a block
+        parts, rest = divmod(card.multiprocessors, self.PART)
+        clusters = parts * (self.PART // config.splits) + rest // config.splits
+        alone = max(1, clusters) * config.splits  # blocks that have a multiprocessor for themselves
+        at_once = min(resident(config, card, group_size), -(-blocks // alone))
+        waves = -(-blocks // (alone * at_once))
+
+        # A warpgroup alone waits for its products and then dequantizes; several take turns, but not perfectly.
+        warpgroups = at_once * config.rows // self.WARPGROUP
+        step = 290 + 300 * warpgroups + (0.4 + 2 * warpgroups) * config.tokens
+        products = waves * turns * step
+        memory = memory_clocks(config, card, M, N, K, group_size, min(card.multiprocessors, blocks), at_once)
+        clocks = (memory**3 + products**3) ** (1 / 3) + self.OVERHEAD + 4 * config.tokens
+        if config.splits > 1:
+            sums = at_once * config.rows * config.tokens
+            clocks += self.SPLIT_OVERHEAD + sums * self.SUM + (waves - 1) * self.WAVE
+        return clocks
+
+    def defines(self, config: Config, group_size: int) -> dict[str, int | str]:
+        return {**super().defines(config, group_size), "SPLITS": config.splits}
+
+
+KERNELS: dict[str, Kernel] = {"mma": Mma(), "wgmma": Wgmma()}
+
+
+# Legal configurations
+
+
+def resident(config: Config, card: Card, group_size: int) -> int:
+    """Blocks that a multiprocessor runs at once; 0: not even one."""
+    kernel = KERNELS[config.kernel]
+    room = card.limits.shared_bytes // (kernel.shared_bytes(config, group_size) + RESERVED)
+    return min(kernel.resident(config), room)
+
+
+def problem(config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> str | None:
+    """Why a configuration cannot run there, or None."""
+    kernel = KERNELS.get(config.kernel)
+    if kernel is None or config.kernel not in card.limits.kernels:
+        return f"no kernel {config.kernel!r} on {card.architecture}"
+    if (config.rows, config.tokens) not in kernel.shapes:
+        return f"no tile of {config.rows} rows by {config.tokens} tokens"
+    if not kernel.fewest_stages <= config.stages <= kernel.most_stages:
+        return f"{config.stages} stages, expected {kernel.fewest_stages} to {kernel.most_stages}"
+    if resident(config, card, group_size) == 0:
+        return f"more shared memory than {card.architecture} has"
+    if not 1 <= config.splits <= min(kernel.most_splits, steps(K)):
+        return f"{config.splits} splits, expected 1 to {min(kernel.most_splits, steps(K))}"
+    if config.splits > 1 and not kernel.split_fits(config, group_size, M, N):
+        return f"no room for the partial sums of {config.splits} splits"
+    return None
+
+
+def steps(K: int) -> int:
+    return -(-K // STEP)
+
+
+def configs(name: str, card: Card, group_size: int) -> Iterator[Config]:
+    """The tiles of a kernel worth trying on a card, unsplit, each with as many stages as let one block, or two when
+    they are split, run at once."""
+    kernel = KERNELS[name]
+    for rows, tokens in kernel.shapes:
+        depths = {}
+        for stages in range(kernel.fewest_stages, kernel.most_stages + 1):
+            config = Config(name, rows, tokens, stages)
+            depths[resident(replace(config, splits=2), card, group_size)] = config
+        yield from (config for blocks, config in depths.items() if blocks > 0)
+
+
+def splits(config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:
+    """The legal ways to split the tiles of a configuration."""
+    for count in range(1, max(1, steps(K) // STEPS_IN_SPLIT) + 1):
+        split = replace(config, splits=count)
+        if problem(split, card, M, N, K, group_size) is None:
+            yield split
+
+
+def candidates(card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:
+    """All that the fastest kernel of a card offers for x8 (M, K) times W (N, K)."""
+    for config in configs(card.limits.kernels[-1], card, group_size):
+        yield from splits(config, card, M, N, K, group_size)
+
+
+# The choice
+
+
+@cache
+def choose(card: Card, M: int, N: int, K: int, group_size: int) -> Config:
+    """The configuration for x8 (M, K) times W (N, K) on a card: from the table, else of least modelled time."""
+    tuned = _tuned().get(card.name, {}).get(entry_name(N, K, group_size), {}).get(str(bucket(M)))
+    if tuned is not None:
+        config = Config(*tuned)
+        if problem(config, card, M, N, K, group_size) is None:
+            return config
+    return min(
+        candidates(card, M, N, K, group_size),
+        key=lambda config: KERNELS[config.kernel].clocks(config, card, M, N, K, group_size),
+    )
+
+
+def bucket(M: int) -> int:
+    """The entry of the table that serves M tokens."""
+    return next((tokens for tokens in BUCKETS if M <= tokens), BUCKETS[-1])
+
+
+def entry_name(N: int, K: int, group_size: int) -> str:
+    return f"{N}x{K} " + ("channel" if group_size == -1 else f"g{group_size}")
+
+
+@cache
+def _tuned() -> dict[str, dict[str, dict[str, list]]]:
+    """Card -> shape -> bucket -> the fields of a Config."""
+    return json.loads(TUNING.read_text())
