@@ -37,6 +37,8 @@ constexpr int CONSUMERS = ROWS;         // threads
 constexpr int LOADERS = 64;             // of the activations
 constexpr int THREADS = CONSUMERS + WARPGROUP;
 constexpr int LAG = (STAGES + 1) / 3;   // steps between asking for activations and announcing them
+constexpr int BURST = 256 / TOKENS < STAGES ? 256 / TOKENS : STAGES;
+constexpr int FIRST = LAG + 1 > BURST ? LAG + 1 : BURST;  // steps of activations asked for before any is waited for
 constexpr int LEAD = STAGES / 2;        // steps that one warpgroup of consumers is ahead of the other
 constexpr int AHEAD = BLOCKS < 4 ? BLOCKS : 4;  // residuals on their way
 
@@ -66,7 +68,8 @@ static_assert(sizeof(Stage) % 1024 == 0, "swizzled rows start at multiples of 10
 static_assert(SPLITS == 1 || sizeof(Shared::ring) >= ROWS * TOKENS * 4, "the ring must hold the sums of a tile");
 
 // Two blocks for a multiprocessor where its registers and its shared memory are enough.
-constexpr int RESIDENT = ROWS == 128 && TOKENS <= 32 && 2 * (sizeof(Shared) + 1024) <= 228 * 1024 ? 2 : 1;
+constexpr bool FEW_REGISTERS = ROWS == 128 && TOKENS <= (SPLITS > 1 ? 64 : 32);
+constexpr int RESIDENT = FEW_REGISTERS && 2 * (sizeof(Shared) + 1024) <= 228 * 1024 ? 2 : 1;
 
 struct Linear {
     const int8_t* x8;
@@ -152,14 +155,26 @@ __device__ __forceinline__ void load_weights(const Linear& linear, const Work& w
     }
 }
 
+// Announce the oldest of the steps asked for as soon as at most PENDING others are on their way, then the next one, and
+// so on until at most LAST are.
+template <int PENDING, int LAST, typename Announce>
+__device__ __forceinline__ void announce_each(const Announce& announce) {
+    wait_copies<PENDING>();
+    announce();
+    if constexpr (PENDING > LAST) announce_each<PENDING - 1, LAST>(announce);
+}
+
 // Eight threads for the 128 bytes of a token, eight tokens at a time; zeros beyond M and K. wgmma must not see a stage
-// before the copies of all threads are there and each thread has fenced its own: that is announced LAG steps later.
+// before the copies of all threads are there and each thread has fenced its own: that is announced LAG steps later,
+// at the beginning not before FIRST steps are asked for.
 __device__ __forceinline__ void load_activations(const Linear& linear, const Work& work, Shared& shared, int loader) {
     wait_for_predecessor();
     const int token = loader / 8, chunk = loader % 8;
     Place at(shared), ready(shared);
-    int asked = 0;
+    int asked = 0, announced = 0;
     const auto announce = [&] {
+        if (announced == asked) return;
+        ++announced;
         fence_async_proxy();
         __syncwarp();
         if (loader % 32 == 0) arrive(ready.full());
@@ -168,7 +183,7 @@ __device__ __forceinline__ void load_activations(const Linear& linear, const Wor
     for (int index = work.first; index < work.tiles; index += work.stride) {
         const int first = tile_at(index, linear).token + token;
         const int8_t* row = linear.x8 + static_cast<int64_t>(first) * linear.K + chunk * 16;
-        for (int step = work.begin; step < work.end; ++step, ++asked, at.advance()) {
+        for (int step = work.begin; step < work.end; ++step, at.advance()) {
             const bool inside = step * STEP + chunk * 16 < linear.K;
             wait(at.empty(), at.parity ^ 1);
 #pragma unroll
@@ -178,14 +193,16 @@ __device__ __forceinline__ void load_activations(const Linear& linear, const Wor
                              inside && first + block * 8 < linear.M);
             }
             commit_copies();
-            if (asked >= LAG) {
-                wait_copies<LAG>();
-                announce();
-            }
+            if (++asked == FIRST) announce_each<FIRST - 1, LAG>(announce);
+            if (asked > FIRST) announce_each<LAG, LAG>(announce);
         }
     }
-    wait_copies<0>();
-    for (int left = min(asked, LAG); left > 0; --left) announce();
+    if (asked >= FIRST) {
+        announce_each<LAG - 1, 0>(announce);
+    } else {
+        for (int i = asked; i < FIRST; ++i) commit_copies();  // of nothing
+        announce_each<FIRST - 1, 0>(announce);
+    }
 }
 
 // Where a warp's part of a tile goes: from sums in fragments to rows of `out`, eight tokens at a time.
@@ -288,10 +305,12 @@ __device__ __forceinline__ void consume(const Linear& linear, const Work& work, 
             const Stage& stage = shared.ring[at.stage];
             const uint64_t x = swizzled_rows(shared_address(stage.x));
             wait(at.full(), at.parity);
+            uint4 next = stage.weights[strip][0][lane];
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                 uint32_t(&a)[4] = a_low[chunk % 2], (&b)[4] = a_high[chunk % 2];
-                const uint4 packed = stage.weights[strip][chunk][lane];
+                const uint4 packed = next;
+                if (chunk + 1 < CHUNKS) next = stage.weights[strip][chunk + 1][lane];
                 if constexpr (GROUPED) {
                     if (chunk % GROUP_CHUNKS == 0) {
                         const auto& levels = shared.levels[at.stage][chunk / GROUP_CHUNKS];
@@ -350,8 +369,10 @@ __device__ __forceinline__ void consume(const Linear& linear, const Work& work, 
                 parts[2 * block * CONSUMERS] = make_int4(low[i], low[i + 1], low[i + 2], low[i + 3]);
                 parts[(2 * block + 1) * CONSUMERS] = make_int4(high[i], high[i + 1], high[i + 2], high[i + 3]);
             }
-            cluster_barrier();
-            for (int block = rank; block < BLOCKS && tile.token + block * 8 < linear.M; block += SPLITS) {
+            arrive_at_cluster();
+            wait_for_cluster();
+            const int blocks = min(BLOCKS, (linear.M - tile.token + 7) / 8);
+            for (int block = rank; block < blocks; block += SPLITS) {
                 const uint4 residual = output.residual(block);
                 const uint32_t place = shared_address(parts + 2 * block * CONSUMERS);
                 int32_t acc[8] = {};
@@ -364,7 +385,9 @@ __device__ __forceinline__ void consume(const Linear& linear, const Work& work, 
                 }
                 output.store(block, acc, residual, lane);
             }
-            cluster_barrier();  // no block ends while another reads its sums
+            // No block ends while another reads its sums: each warp has what it read, and `out` may come later.
+            arrive_at_cluster_unordered();
+            wait_for_cluster();
         }
     }
 }
@@ -410,8 +433,10 @@ w4a8_gemm(const int8_t* x8,        // (M, K)
         }
         if constexpr (SPLITS > 1) {  // as the consumers do
             __syncwarp();
-            cluster_barrier();
-            cluster_barrier();
+            for (int i = 0; i < 2; ++i) {
+                arrive_at_cluster_unordered();
+                wait_for_cluster();
+            }
         }
     } else {
         if constexpr (SHIFT_REGISTERS) take_registers<CONSUMER_REGISTERS>();

@@ -77,9 +77,18 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
-// All threads of the cluster meet; what they wrote before can be read after.
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// All threads of the cluster meet: what one wrote before it arrived can be read by those who have waited.
+__device__ __forceinline__ void arrive_at_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// The same without a word on what was written, which spares a fence of the whole GPU.
+__device__ __forceinline__ void arrive_at_cluster_unordered() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // The 16 bytes at the same place in the shared memory of block `rank` of the cluster.
