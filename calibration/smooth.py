@@ -3,6 +3,7 @@
 Both searches try exponents and keep those of least output error under the quantizers that will really run.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,14 @@ class Choice:
     beta: float
     before: float
     after: float
+
+
+def least(candidates: Sequence[tuple[float, float, Tensor]], loss: Callable[[Tensor], float]) -> tuple[Tensor, Choice]:
+    """The scale of least loss among (alpha, beta, scale); the first stands for doing nothing."""
+    losses = [loss(scale) for _, _, scale in candidates]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    alpha, beta, scale = candidates[best]
+    return scale, Choice(alpha, beta, losses[0], losses[best])
 
 
 def spread_ratio(a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
@@ -74,10 +83,7 @@ def search_attention(
         return float((project(out).float() - target).square().sum() / target.square().sum())
 
     candidates = [(a, b, attention_scales(block.spec, found, a, b)) for a, b in ATTENTION_EXPONENTS]
-    losses = [loss(scales) for _, _, scales in candidates]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    alpha, beta, scales = candidates[best]
-    return scales, Choice(alpha, beta, losses[0], losses[best])
+    return least(candidates, loss)
 
 
 def kv_transform(kv_cache: KVCache, found: LayerStatistics, scales: Tensor | None) -> KVTransform:
@@ -123,10 +129,7 @@ def search_down(
     identity = torch.ones_like(spread)
     candidates = [(0.0, 0.0, identity)]
     candidates += [(a, b, spread_ratio(found.absmax, spread, a, b)) for a, b in DOWN_EXPONENTS if (a, b) != (0, 0)]
-    losses = [loss(scale) for _, _, scale in candidates]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    alpha, beta, scale = candidates[best]
-    return scale, Choice(alpha, beta, losses[0], losses[best])
+    return least(candidates, loss)
 
 
 def smooth_down(layer: Layer, scale: Tensor) -> None:
