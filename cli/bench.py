@@ -1,13 +1,27 @@
 """qoq bench: how fast the GPU is, and how far from what its hardware allows."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qoq.cli.output import common_options, in_a_folder, print_json
+from qoq.cli.output import common_options, in_a_folder, note, print_json
+from qoq.roofline import (
+    CARDS,
+    MODELS,
+    USABLE,
+    DataSheet,
+    Dimensions,
+    Limit,
+    Workload,
+    head_bytes,
+    kv_bytes,
+    limit,
+    linear_bytes,
+    sheet_of,
+)
 
 if TYPE_CHECKING:
     from qoq.kernels.bench import Pass, Product
@@ -15,14 +29,18 @@ if TYPE_CHECKING:
 
     Result = Product | Pass
 
-MODELS = ("llama-3-8b", "llama-3-70b", "qwen2.5-7b")  # of qoq.kernels.bench, which takes seconds to import
 OPS = ("gemm", "rows", "attention", "sample")
 PRODUCT_COLUMNS = (
     *("GEMM", "N x K", "M", "us", "floor us", "of floor", "TOPS", "GB/s", "x fp16", "x int8", "x fp8"),
     "kernel, tile, stages, splits",
 )
+LENGTH = click.IntRange(1, 1 << 20)
 FILE: click.Path = click.Path(dir_okay=False, path_type=Path)
 PASS_COLUMNS = ("op", "sizes", "us", "GB/s", "of copy")
+LIMIT_COLUMNS = (
+    *("batch", "step ms", "linear ms", "head ms", "attention ms", "passes ms", "launch ms", "prefill s"),
+    *("decode tok/s", "tokens/s", "cache", "fits"),
+)
 
 
 class Numbers(click.ParamType):
@@ -54,11 +72,13 @@ class Ops(click.ParamType):
 
 @click.group()
 def bench() -> None:
-    """Measure speed on a GPU: `qoq bench kernels`."""
+    """Measure speed on a GPU, or say what a card allows: `qoq bench kernels`, `qoq bench roofline`."""
 
 
 @bench.command()
-@click.option("--model", "name", type=click.Choice(MODELS), default=MODELS[0], show_default=True, help="Shapes.")
+@click.option(
+    "--model", "name", type=click.Choice(tuple(MODELS)), default="llama-3-8b", show_default=True, help="Shapes."
+)
 @click.option(
     "--group-size", type=click.Choice(("128", "64", "-1")), default="128", show_default=True, help="-1: per channel."
 )
@@ -95,7 +115,7 @@ def kernels(
     from tqdm import tqdm
 
     from qoq.errors import KernelError
-    from qoq.kernels.bench import MEASUREMENTS, MODELS, Plan, Product, specialisations
+    from qoq.kernels.bench import MEASUREMENTS, Plan, Product, specialisations
     from qoq.kernels.timing import Machine, compile_all
     from qoq.shards import write_bytes
 
@@ -119,12 +139,124 @@ def kernels(
     if csv_path is not None:
         write_bytes(csv_path, csv_text(records))
     if plot_path is not None:
-        from qoq.cli.roofline import roofline
+        from qoq.cli.plot import roofline
 
         write_bytes(plot_path, roofline([result for result in results if isinstance(result, Product)], machine))
     if as_json:
         about = {"model": name, "group_size": plan.group_size, "seconds": round(time.monotonic() - started, 2)}
         print_json({**describe(machine), **about, "results": records})
+
+
+@bench.command()
+@click.option("--model", "name", type=click.Choice(tuple(MODELS)), default="llama-3-8b", show_default=True)
+@click.option("--card", type=click.Choice(tuple(CARDS)), help="The one here by default, else l40s.")
+@click.option("--batch-size", "batches", type=Numbers(4096), default="64,128,256", show_default=True, help="Sequences.")
+@click.option("--input-len", type=LENGTH, default=1024, show_default=True, help="Tokens of each prompt.")
+@click.option("--output-len", type=LENGTH, default=512, show_default=True, help="Tokens generated for each.")
+@click.option("--kv-bits", type=click.Choice(("4", "8", "16")), default="4", show_default=True, help="Of the cache.")
+@common_options
+def roofline(
+    name: str,
+    card: str | None,
+    batches: tuple[int, ...],
+    input_len: int,
+    output_len: int,
+    kv_bits: str,
+    as_json: bool,
+) -> None:
+    """What a card allows a W4A8KV4 model end to end; needs no GPU.
+
+    `a -> b`: the data sheet's rates alone, then those that good kernels reach, with elementwise passes and launches.
+    `tokens/s` counts generated tokens over all of the time, prefill included; `decode tok/s` leaves prefill out.
+    """
+    model, sheet = MODELS[name], CARDS[card] if card else sheet_here()
+    works = [Workload(batch, input_len, output_len, int(kv_bits)) for batch in batches]
+    limits = [(limit(model, sheet.ideal, work), limit(model, sheet.achievable, work)) for work in works]
+    if not as_json:
+        click.echo(limits_heading(name, sheet, works[0]) + "\n\n" + limits_table(limits, model, sheet))
+        return
+    print_json(
+        {
+            "card": sheet.name,
+            "memory_bytes": sheet.memory,
+            "model": name,
+            "group_size": works[0].group_size,
+            "kv_bits": works[0].kv_bits,
+            "input_len": input_len,
+            "output_len": output_len,
+            "weight_bytes": linear_bytes(model),
+            "embedding_and_head_bytes": 2 * head_bytes(model),
+            "kv_bytes_per_token": kv_bytes(model, works[0].kv_bits),
+            "results": [limits_record(ideal, real, model, sheet) for ideal, real in limits],
+        }
+    )
+
+
+def sheet_here() -> DataSheet:
+    """Of this machine's GPU; of an L40S where there is none or an unknown one."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        found = sheet_of(name)
+        if found is not None:
+            return found
+        note(f"{name}: data sheet not known; this is an L40S's, --card takes {', '.join(CARDS)}")
+    return CARDS["l40s"]
+
+
+def limits_heading(name: str, sheet: DataSheet, work: Workload) -> str:
+    model = MODELS[name]
+    return (
+        f"{sheet.name}, {name}, W4A8 in groups of {work.group_size}, KV{work.kv_bits}; "
+        f"{work.input_len} tokens in, {work.output_len} out\n"
+        f"weights {gigabytes(linear_bytes(model))}, embedding and lm_head {gigabytes(2 * head_bytes(model))}, "
+        f"cache {kv_bytes(model, work.kv_bits)} bytes a token; "
+        f"the card has {gigabytes(sheet.memory)}, {percent(USABLE)} of it for these"
+    )
+
+
+def limits_table(limits: Sequence[tuple[Limit, Limit]], model: Dimensions, sheet: DataSheet) -> str:
+    lines = [LIMIT_COLUMNS, *(limits_line(ideal, real, model, sheet) for ideal, real in limits)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def limits_record(ideal: Limit, real: Limit, model: Dimensions, sheet: DataSheet) -> dict[str, Any]:
+    """As JSON has it."""
+    work = real.work
+    return {
+        "batch_size": work.batch,
+        "kv_bytes": work.cache_bytes(model),
+        "needed_bytes": work.memory_bytes(model),
+        "fits": work.fits(model, sheet),
+        "ideal": ideal.record(),
+        "achievable": real.record(),
+    }
+
+
+def limits_line(ideal: Limit, real: Limit, model: Dimensions, sheet: DataSheet) -> tuple[str, ...]:
+    def both(value: Callable[[Limit], float], form: str) -> str:
+        return f"{value(ideal):{form}} -> {value(real):{form}}"
+
+    return (
+        str(real.work.batch),
+        both(lambda found: 1e3 * found.step.total, ".2f"),
+        both(lambda found: 1e3 * found.step.linear, ".2f"),
+        both(lambda found: 1e3 * found.step.head, ".2f"),
+        both(lambda found: 1e3 * found.step.attention, ".2f"),
+        f"{1e3 * real.step.elementwise:.2f}",
+        f"{1e3 * real.step.launch:.2f}",
+        both(lambda found: found.prefill.total, ".2f"),
+        both(lambda found: found.decode_tokens_per_s, ",.0f"),
+        both(lambda found: found.tokens_per_s, ",.0f"),
+        gigabytes(real.work.cache_bytes(model)),
+        "yes" if real.work.fits(model, sheet) else "no",
+    )
+
+
+def gigabytes(size: int) -> str:
+    return f"{1e-9 * size:.2f} GB"
 
 
 def check_plot(ops: Sequence[str]) -> None:
@@ -147,24 +279,24 @@ def describe(machine: "Machine") -> dict[str, Any]:
     """The GPU, as JSON has it."""
     import torch
 
-    peak = machine.peak
+    sheet = machine.sheet
     return {
         "device": machine.card.name,
         "architecture": machine.card.architecture,
         "torch": torch.__version__,
         "copy_gb_per_s": round(1e-9 * machine.copy, 1),
-        "peak_gb_per_s": peak and 1e-9 * peak.bandwidth,
-        "peak_tops": peak and 1e-12 * peak.operations,
+        "peak_gb_per_s": sheet and 1e-9 * sheet.bandwidth,
+        "peak_tops": sheet and 1e-12 * sheet.int8,
     }
 
 
 def heading(model: str, group_size: int, machine: "Machine") -> str:
-    peak = machine.peak
+    sheet = machine.sheet
     groups = "per channel" if group_size == -1 else f"groups of {group_size}"
-    sheet = f"{1e-9 * peak.bandwidth:.0f} GB/s and {1e-12 * peak.operations:.0f} TOPS" if peak else "not known"
+    rates = f"{1e-9 * sheet.bandwidth:.0f} GB/s and {1e-12 * sheet.int8:.0f} TOPS" if sheet else "not known"
     return (
         f"{machine.card.name} ({machine.card.architecture}), {model}, {groups}; "
-        f"device copy {1e-9 * machine.copy:.0f} GB/s; data sheet {sheet}"
+        f"device copy {1e-9 * machine.copy:.0f} GB/s; data sheet {rates}"
     )
 
 

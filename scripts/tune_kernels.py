@@ -20,10 +20,11 @@ from torch import Tensor
 
 from qoq.errors import KernelError
 from qoq.kernels import tiling
-from qoq.kernels.bench import MODELS, gemm_specialisations, random_rows, random_weights
+from qoq.kernels.bench import gemm_specialisations, random_rows, random_weights
 from qoq.kernels.gemm import w4a8_gemm
 from qoq.kernels.tiling import BUCKETS, KERNELS, Card, Config
 from qoq.kernels.timing import Machine, compile_all, microseconds
+from qoq.roofline import MODELS
 
 CANDIDATES = 16  # for one linear and one number of tokens
 

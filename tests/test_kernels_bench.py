@@ -13,23 +13,24 @@ from conftest import only_line
 from qoq.cli import bench as command
 from qoq.errors import KernelError
 from qoq.kernels import bench, build, tiling, timing
-from qoq.kernels.bench import MEASUREMENTS, MODELS, Dimensions, Pass, Plan, Product
+from qoq.kernels.bench import MEASUREMENTS, Pass, Plan, Product
 from qoq.kernels.tiling import Card, Config
-from qoq.kernels.timing import PEAKS, Machine, Peak
+from qoq.kernels.timing import Machine
+from qoq.roofline import CARDS, MODELS, DataSheet, Dimensions
 
 H100 = Card("NVIDIA H100 80GB HBM3", "sm_90a", 132)
-TINY = Dimensions(hidden=128, intermediate=256, q_heads=4, kv_heads=2, vocabulary=104, head_dim=64)
+TINY = Dimensions("llama", 2, 128, 256, num_heads=4, num_kv_heads=2, vocab_size=104, head_dim=64)
 CONFIG = Config("wgmma", 128, 64, 6, 2)
 RIVALS = {"fp16": 88.0, "int8": None, "fp8": 48.1}
 
 
 def product(linear: str = "gate_up", m: int = 64, n: int = 28672, k: int = 4096, us: float = 26.0) -> Product:
-    return Product(linear, m, n, k, 128, CONFIG, us, RIVALS, PEAKS[H100.name])
+    return Product(linear, m, n, k, 128, CONFIG, us, RIVALS, CARDS["h100"])
 
 
-def machine(peak: Peak | None = PEAKS[H100.name]) -> Machine:
+def machine(sheet: DataSheet | None = CARDS["h100"]) -> Machine:
     """The H100 of the tests, which computes on the CPU."""
-    return Machine(torch.device("cpu"), H100, 1 << 20, 3.0e12, peak)
+    return Machine(torch.device("cpu"), H100, 1 << 20, 3.0e12, sheet)
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "ROW_TOKENS", (1, 5))
     monkeypatch.setattr(bench, "SAMPLE_BATCHES", (1, 3))
     monkeypatch.setattr(bench, "PREFILL", 192)
-    monkeypatch.setitem(bench.MODELS, "llama-3-8b", TINY)
+    monkeypatch.setitem(MODELS, "llama-3-8b", TINY)
     monkeypatch.setattr(Machine, "here", staticmethod(machine))
     monkeypatch.setattr(timing, "compile_all", lambda wanted, arch: None)
     return counts
@@ -68,7 +69,7 @@ def test_dimensions_of_the_models():
     }
     assert list(MODELS["llama-3-70b"].linears().values()) == [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)]
     assert list(MODELS["qwen2.5-7b"].linears().values()) == [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)]
-    assert command.MODELS == tuple(MODELS) and command.OPS == tuple(MEASUREMENTS)
+    assert command.OPS == tuple(MEASUREMENTS)
 
 
 @pytest.mark.parametrize("group_size", [128, 64, -1])
@@ -267,8 +268,8 @@ def test_a_card_without_a_data_sheet(qoq, called, monkeypatch):
 def test_the_plot_is_written(qoq, called, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     path = tmp_path / "roofline.png"
-    for peak in (PEAKS[H100.name], None):
-        monkeypatch.setattr(Machine, "here", staticmethod(lambda peak=peak: machine(peak)))
+    for sheet in (CARDS["h100"], None):
+        monkeypatch.setattr(Machine, "here", staticmethod(lambda sheet=sheet: machine(sheet)))
         code, _, err = qoq(*options("--ops", "gemm", "--plot", path))
         assert code == 0, err
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -22,10 +22,11 @@ from qoq.kernels.gemm import PackedWeight, w4a8_gemm
 from qoq.kernels.rows import quant_rows, rmsnorm_quant, silu_mul_quant
 from qoq.kernels.sampling import sample
 from qoq.kernels.tiling import KERNELS, Card, Config
-from qoq.kernels.timing import Machine, Peak, microseconds
+from qoq.kernels.timing import Machine, microseconds
 from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, Layout
 from qoq.quant import QuantizedRows
+from qoq.roofline import DataSheet, Dimensions, weight_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -37,35 +38,6 @@ RIVALS = {"fp16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 # What is measured
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """Of a model; features, not bytes."""
-
-    hidden: int
-    intermediate: int
-    q_heads: int
-    kv_heads: int
-    vocabulary: int
-    head_dim: int = 128
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of the products of a layer, those of one input being one."""
-        q = self.q_heads * self.head_dim
-        return {
-            "qkv": (q + 2 * self.kv_heads * self.head_dim, self.hidden),
-            "o": (self.hidden, q),
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-        }
-
-
-MODELS = {
-    "llama-3-8b": Dimensions(4096, 14336, 32, 8, 128256),
-    "llama-3-70b": Dimensions(8192, 28672, 64, 8, 128256),
-    "qwen2.5-7b": Dimensions(3584, 18944, 28, 4, 152064),
-}
 
 
 @dataclass(frozen=True)
@@ -95,7 +67,7 @@ class Product:
     config: Config
     us: float
     rivals: Mapping[str, float | None]  # of RIVALS: microseconds, None where there is no such product
-    peak: Peak | None
+    sheet: DataSheet | None
 
     @property
     def operations(self) -> int:
@@ -117,7 +89,7 @@ class Product:
 
     @property
     def floor_us(self) -> float | None:
-        return self.peak.microseconds(self.bytes, self.operations) if self.peak else None
+        return 1e6 * self.sheet.ideal.seconds(self.bytes, self.operations) if self.sheet else None
 
     def record(self) -> dict[str, Any]:
         """As JSON and CSV have it; `*_speedup` is torch's time over this one."""
@@ -198,11 +170,6 @@ def gemm_specialisations(configs: Iterable[Config], card: Card, group_size: int)
 # GEMM
 
 
-def weight_bytes(n: int, k: int, group_size: int) -> int:
-    """Of a packed weight: codes, s1, and s2 and zeros, or szero."""
-    return n * k // 2 + 2 * n + (2 * n if group_size == -1 else 2 * n * (k // group_size))
-
-
 def random_weight(n: int, k: int, group_size: int, device: torch.device) -> PackedWeight:
     """A legal weight; its codes are uniform."""
     qweight = torch.randint(-128, 128, (n, k // 2), dtype=torch.int8, device=device)
@@ -242,7 +209,7 @@ def products(plan: Plan, machine: Machine) -> Iterator[Product]:
         for m in plan.tokens:
             config = tiling.choose(machine.card, m, n, k, group_size)
             theirs = {name: times[m] for name, times in rivals.items()}
-            yield Product(linear, m, n, k, group_size, config, ours[m], theirs, machine.peak)
+            yield Product(linear, m, n, k, group_size, config, ours[m], theirs, machine.sheet)
 
 
 def rival_times(dtype: torch.dtype, n: int, k: int, tokens: Iterable[int], machine: Machine) -> dict[int, float | None]:
@@ -274,7 +241,7 @@ def rival_calls(x: Tensor, weights: Sequence[Tensor]) -> list[Callable[[], Tenso
 
 
 def row_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
-    hidden, inner, device = plan.model.hidden, plan.model.intermediate, machine.device
+    hidden, inner, device = plan.model.hidden_size, plan.model.intermediate_size, machine.device
     weight = torch.randn(hidden, device=device).half()
     for m in ROW_TOKENS:
         results, size = 8 * m, m * hidden  # of sx and sums; of x8
@@ -294,7 +261,7 @@ def row_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
 
 
 def sample_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
-    vocabulary, device = plan.model.vocabulary, machine.device
+    vocabulary, device = plan.model.vocab_size, machine.device
     for batch in SAMPLE_BATCHES:
         moved, ids = 2 * batch * vocabulary, torch.arange(batch, device=device)  # seeds and positions
         for name, temperature, top_k, top_p in (("greedy", 0.0, 0, 1.0), ("top-k 50, top-p 0.9", 0.8, 50, 0.9)):
@@ -326,13 +293,13 @@ def halves(machine: Machine, moved: int, m: int, k: int) -> Sequence[Tensor]:
 def attention_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
     """Append, gather and decode over one paged cache that L2 cannot hold, its pages in random order."""
     model, device, layout = plan.model, machine.device, Layout(plan.model.head_dim)
-    token_bytes = model.kv_heads * layout.record_bytes // PAGE
+    token_bytes = model.num_kv_heads * layout.record_bytes // PAGE
     cases = [(batch, context) for batch in plan.batches for context in plan.contexts]
     sets = {case: machine.copies(case[0] * case[1] * token_bytes) for case in (*cases, (1, PREFILL))}
     pages = max(count * batch * pages_of(context) for (batch, context), count in sets.items())
     pages = max(pages, *plan.batches)  # an appended token of each sequence has a page
-    cache = random_cache(pages, model.kv_heads, layout, device)
-    v_offset = 0.1 * torch.randn(model.kv_heads, layout.head_dim, device=device).half()
+    cache = random_cache(pages, model.num_kv_heads, layout, device)
+    v_offset = 0.1 * torch.randn(model.num_kv_heads, layout.head_dim, device=device).half()
 
     def tables(count: int, batch: int, context: int) -> Sequence[Tensor]:
         """Block tables without a common page, (batch, pages) int32 each."""
@@ -344,17 +311,17 @@ def attention_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
     for tokens in sorted({*plan.batches, PREFILL}):
         yield append_pass(tokens, cache, rope, layout, transform, plan, machine)
 
-    moved = PREFILL * (token_bytes + 4 * model.kv_heads * layout.head_dim)
+    moved = PREFILL * (token_bytes + 4 * model.num_kv_heads * layout.head_dim)
     starts = torch.tensor([0, PREFILL], dtype=torch.int32, device=device)
     gather = partial(kv4_gather, cache, layout, starts=starts, rows=PREFILL, v_offset=v_offset)
     gathers = [partial(gather, table) for table in tables(sets[1, PREFILL], 1, PREFILL)]
     yield one_pass("kv4_gather", {"tokens": PREFILL}, moved, gathers, machine)
 
     for batch, context in cases:
-        q = torch.randn(batch, model.q_heads, layout.head_dim, dtype=torch.float16, device=device)
+        q = torch.randn(batch, model.num_heads, layout.head_dim, dtype=torch.float16, device=device)
         lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
         places = tables(sets[batch, context], batch, context)
-        workspace = Workspace.of(batch, model.q_heads, model.kv_heads, layout.head_dim, pages_of(context), device)
+        workspace = Workspace.of(batch, model.num_heads, model.num_kv_heads, layout.head_dim, pages_of(context), device)
         decode = partial(kv4_decode, scale=layout.head_dim**-0.5, v_offset=v_offset, workspace=workspace)
         calls = [partial(decode, q, cache, layout, table, lengths) for table in places]
         moved = batch * context * token_bytes
@@ -366,8 +333,8 @@ def append_pass(
 ) -> Pass:
     """PREFILL tokens are of one prompt, others of a sequence each."""
     model, device, (pages, _, record_bytes) = plan.model, machine.device, cache.shape
-    q_bytes, kv_bytes = (2 * heads * layout.head_dim for heads in (model.q_heads, 2 * model.kv_heads))
-    stored = model.kv_heads * record_bytes // PAGE
+    q_bytes, kv_bytes = (2 * heads * layout.head_dim for heads in (model.num_heads, 2 * model.num_kv_heads))
+    stored = model.num_kv_heads * record_bytes // PAGE
     moved = tokens * (2 * q_bytes + kv_bytes + stored + 4 * layout.head_dim + 16)  # of cos and sin; position and slot
     index = torch.arange(tokens, device=device)
     calls = []

@@ -1,4 +1,4 @@
-"""How long a GPU takes for a call, and what its hardware would allow.
+"""How long a GPU takes for a call.
 
 A time is the median over replays of a CUDA graph that runs the call on one set of inputs after the other, so that
 they come from device memory, as weights and caches do in a model.
@@ -20,36 +20,12 @@ import torch
 from qoq.kernels import build, gemm
 from qoq.kernels.build import Specialisation
 from qoq.kernels.tiling import Card
+from qoq.roofline import DataSheet, sheet_of
 
 GRAPH_US, REPLAYS = 1000, 9  # a graph's time, roughly, or more; measured replays of it, after one more
 BEYOND_CACHE = 4  # times L2: even one that evicts at random then keeps but 2 % until it is read again
 MOST_COPIES = 256
 COPY_BYTES = 1 << 29
-
-
-# What the hardware allows
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Of a data sheet: bytes/s of device memory, and int8 operations/s of dense tensor cores."""
-
-    bandwidth: float
-    operations: float
-
-    def microseconds(self, size: int, operations: int) -> float:
-        """The least time for moving `size` bytes and computing meanwhile."""
-        return 1e6 * max(size / self.bandwidth, operations / self.operations)
-
-
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": Peak(3.35e12, 1.979e15),
-    "NVIDIA H200": Peak(4.8e12, 1.979e15),
-    "NVIDIA A100-SXM4-80GB": Peak(2.039e12, 6.24e14),
-    "NVIDIA A100 80GB PCIe": Peak(1.935e12, 6.24e14),
-    "NVIDIA L40S": Peak(8.64e11, 7.33e14),
-    "NVIDIA GeForce RTX 4090": Peak(1.008e12, 6.606e14),
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +36,7 @@ class Machine:
     card: Card
     cache_bytes: int  # of L2
     copy: float  # bytes/s that a large device copy reads and writes
-    peak: Peak | None
+    sheet: DataSheet | None
 
     @staticmethod
     def here() -> "Machine":
@@ -73,7 +49,7 @@ class Machine:
         device = torch.device("cuda", torch.cuda.current_device())
         card = gemm.card_of(device)
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        return Machine(device, card, cache_bytes, copy_rate(device), PEAKS.get(card.name))
+        return Machine(device, card, cache_bytes, copy_rate(device), sheet_of(card.name))
 
     def copies(self, size: int) -> int:
         """How many sets of inputs and outputs, `size` bytes each, L2 cannot hold; MOST_COPIES for small ones."""

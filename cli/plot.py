@@ -24,17 +24,17 @@ def roofline(products: "Sequence[Product]", machine: "Machine") -> bytes:
     axes.grid(True, which="both", linewidth=0.3)
 
     reach = [0.7 * min(each.intensity for each in products), 1.5 * max(each.intensity for each in products)]
-    peak = machine.peak
-    most = peak.operations if peak else inf
+    sheet = machine.sheet
+    most = sheet.int8 if sheet else inf
 
     def ceiling(bandwidth: float, style: str, label: str) -> None:
         corners = sorted({*reach, min(max(most / bandwidth, reach[0]), reach[1])})
         axes.plot(corners, [1e-12 * min(bandwidth * x, most) for x in corners], style, color="0.4", label=label)
 
     ceiling(machine.copy, "--", f"device copy, {1e-9 * machine.copy:.0f} GB/s")
-    if peak is not None:
-        label = f"data sheet, {1e-9 * peak.bandwidth:.0f} GB/s and {1e-12 * peak.operations:.0f} TOPS"
-        ceiling(peak.bandwidth, "-", label)
+    if sheet is not None:
+        label = f"data sheet, {1e-9 * sheet.bandwidth:.0f} GB/s and {1e-12 * sheet.int8:.0f} TOPS"
+        ceiling(sheet.bandwidth, "-", label)
 
     for linear in dict.fromkeys(each.linear for each in products):
         of_linear = [each for each in products if each.linear == linear]
