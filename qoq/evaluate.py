@@ -16,9 +16,7 @@ from torch import Tensor
 from qoq.checkpoint import Checkpoint
 from qoq.errors import DataError, ModelError
 from qoq.models.source import Source
-from qoq.runtime.cache import KVCache
-from qoq.runtime.engine import greedy
-from qoq.runtime.model import load
+from qoq.runtime.model import KVCache, greedy, load
 from qoq.text import documents
 
 BACKENDS = ("original", "simulate", "runtime")

@@ -122,13 +122,13 @@ def test_chat(qoq, checkpoint_folder):
     code, out, err = qoq("chat", checkpoint_folder(), "--prompt", "Hello", "--max-tokens", "5", "--json")
     assert code == 0, err
     document = json.loads(out)
-    assert document["prompt_tokens"] == 1 + len("u:Hello\na:")  # <s>, then the chat template
+    assert document["prompt_tokens"] == len("u:Hello\na:")  # the chat template, which has no <s>
     assert 1 <= document["completion_tokens"] <= 5 and document["finish_reason"] in ("length", "stop")
     raw = json.loads(qoq("chat", checkpoint_folder(), "--prompt", "Hello", "--raw", "--max-tokens", "1", "--json")[1])
     assert raw["prompt_tokens"] == 1 + len("Hello")
     options = ["--system", "Be kind", "--max-tokens", "1", "--json"]
     told = json.loads(qoq("chat", checkpoint_folder(), "--prompt", "Hello", *options)[1])
-    assert told["prompt_tokens"] == 1 + len("s:Be kind\nu:Hello\na:")
+    assert told["prompt_tokens"] == len("s:Be kind\nu:Hello\na:")
 
 
 def test_chat_prints_the_text_alone(qoq, checkpoint_folder):

@@ -11,7 +11,7 @@ from qoq.models import decoder
 from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, HeadNorms, Layout
 from qoq.quant import quantize_kv
-from qoq.runtime.cache import KVCache
+from qoq.runtime.model import KVCache
 
 LAYOUTS = [Layout(head_dim, bits) for head_dim in paged.HEAD_DIMS for bits in paged.BITS]
 RATIOS = (1.0, 0.96, 0.92, 0.88, 0.84)

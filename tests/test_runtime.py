@@ -1,18 +1,13 @@
-"""The runtime: decode, prefill in parts and one prefill are one function; the engine stops where it must."""
-
-import json
+"""A checkpoint as a decoder: decode, prefill in parts and one prefill are one function."""
 
 import pytest
 import torch
 from conftest import VOCAB, WINDOW, relative
 
-from qoq.errors import CheckpointError, QoqError
+from qoq.errors import CheckpointError
 from qoq.quant import quantize_kv
 from qoq.runtime import model
-from qoq.runtime.cache import KVCache, pack_codes, unpack_codes
-from qoq.runtime.engine import LLMEngine, SamplingParams, greedy
-
-PROMPT = "Nobody knows"
+from qoq.runtime.model import KVCache, greedy, pack_codes, unpack_codes
 
 
 def some_ids(length=3 * WINDOW):
@@ -26,11 +21,6 @@ def in_parts(decoder, ids, sizes):
         logits.append(decoder(chunk, cache, start=cache.length))
     assert cache.length == ids.shape[1]
     return torch.cat(logits, dim=1)
-
-
-@pytest.fixture(scope="module")
-def engine(checkpoint_folder):
-    return LLMEngine.from_checkpoint(checkpoint_folder())
 
 
 # The model
@@ -108,67 +98,3 @@ def test_codes_are_packed_even_dimension_low():
     assert packed.codes.shape == (3, 32)
     assert torch.equal(packed.codes & 15, rows.codes[:, 0::2]) and torch.equal(packed.codes >> 4, rows.codes[:, 1::2])
     assert torch.equal(unpack_codes(packed).codes, rows.codes)
-
-
-# The engine
-
-
-def test_generation_is_greedy_text(engine):
-    output = engine.generate([PROMPT], SamplingParams(max_tokens=8, ignore_eos=True))[0]
-    assert output.prompt_token_ids == engine.tokenizer(PROMPT).input_ids
-    assert output.token_ids == list(greedy(engine.decoder, output.prompt_token_ids, 8))
-    assert output.text == engine.tokenizer.decode(output.token_ids)
-    assert output.finish_reason == "length"
-
-
-def test_prompts_do_not_disturb_each_other(engine):
-    params = SamplingParams(max_tokens=6)
-    together = engine.generate([PROMPT, "Fox", PROMPT], params)
-    assert together[0] == together[2] == engine.generate([PROMPT], params)[0]
-    assert together[1] == engine.generate(["Fox"], params)[0]
-
-
-def test_stop_ids_end_the_text_and_are_left_out_of_it(engine):
-    ids = engine.generate([PROMPT], SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids
-    stop = ids[3]
-    expected = ids[: ids.index(stop) + 1]
-    output = engine.generate([PROMPT], SamplingParams(max_tokens=8, stop_token_ids=(stop,), ignore_eos=True))[0]
-    assert output.token_ids == expected and output.finish_reason == "stop"
-    assert output.text == engine.tokenizer.decode(expected[:-1])
-
-
-def test_eos_stops_unless_ignored(engine, copy_of, checkpoint_folder):
-    ids = engine.generate([PROMPT], SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids
-    folder = copy_of(checkpoint_folder())
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, ids[2]]}))
-    stopping = LLMEngine.from_checkpoint(folder)
-    assert stopping.eos_token_ids == {300, ids[2]}
-    output = stopping.generate([PROMPT], SamplingParams(max_tokens=8))[0]
-    assert output.token_ids == ids[: ids.index(ids[2]) + 1] and output.finish_reason == "stop"
-    assert stopping.generate([PROMPT], SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids == ids
-
-
-def test_eos_is_known_without_a_generation_config(copy_of, checkpoint_folder):
-    folder = copy_of(checkpoint_folder())
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    assert LLMEngine.from_checkpoint(folder).eos_token_ids == {257}
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    assert LLMEngine.from_checkpoint(folder).eos_token_ids == {257}  # the tokenizer's
-
-
-def test_an_empty_prompt_is_refused(engine):
-    with pytest.raises(QoqError, match="empty prompt"):
-        list(engine.stream([], SamplingParams()))
-
-
-def test_the_context_is_not_left(engine):
-    assert engine.max_model_len == 256
-    with pytest.raises(QoqError, match="prompt of 256 tokens, the model takes fewer than 256"):
-        list(engine.stream([1] * 256, SamplingParams()))
-    assert len(list(engine.stream([1] * 250, SamplingParams(max_tokens=100, ignore_eos=True)))) == 6
-
-
-def test_no_tokens_asked_for_are_none(engine):
-    output = engine.generate([PROMPT], SamplingParams(max_tokens=0))[0]
-    assert output.token_ids == [] and output.text == "" and output.finish_reason == "length"

@@ -102,7 +102,7 @@ class KVTransform:
         if self.v_offset is None:
             return out
         repeats = out.shape[-1] // self.v_offset.numel()
-        return (out.float() + self.v_offset.repeat_interleave(repeats, dim=0).flatten()).to(out.dtype)
+        return (_wide(out) + self.v_offset.repeat_interleave(repeats, dim=0).flatten()).to(out.dtype)
 
 
 @dataclass
@@ -136,8 +136,9 @@ class Block:
             q, k, v = self.kv.enter(q, k, v)
         if cache is not None:
             k, v = cache(self.index, k, v)
-        out = attention(q, k, v, self.spec.windows[self.index], self.attention_dtype)
-        return out if self.kv is None else self.kv.leave(out)
+        wide = q.to(self.attention_dtype or q.dtype)
+        out = attention(wide, k, v, self.spec.windows[self.index], self.attention_dtype)
+        return (out if self.kv is None else self.kv.leave(out)).to(q.dtype)
 
     def feed(self, x: Tensor) -> Tensor:
         """Normed input (B, T, hidden) -> the input of down_proj (B, T, intermediate)."""

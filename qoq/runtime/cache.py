@@ -1,44 +1,42 @@
-"""The KV cache of one sequence on the CPU: 4-bit codes, two to a byte, with a scale and a minimum a token and head."""
+"""The paged KV cache of a whole model: one tensor a layer, laid out as `qoq.paged` says."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qoq.quant import QuantizedKV, quantize_kv
+from qoq.errors import ModelError
+from qoq.models.architecture import ModelSpec
+from qoq.paged import BITS, HEAD_DIMS, Layout
 
 
-class KVCache:
-    """Called with the new keys and values of a layer, stores them and returns all as attention sees them."""
+def layout_of(spec: ModelSpec, bits: int) -> Layout:
+    """The layout of a model's cache.
 
-    def __init__(self, num_layers: int, clip_ratios: Sequence[float] = (1.0,)):
-        self.clip_ratios = clip_ratios
-        self.keys: list[list[QuantizedKV]] = [[] for _ in range(num_layers)]
-        self.values: list[list[QuantizedKV]] = [[] for _ in range(num_layers)]
-        self.length = 0  # tokens in the last layer, hence in all
-
-    def __call__(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B, Hkv, T, D) of the new tokens -> the same for all tokens, (B, Hkv, Tall, D) float32."""
-        self.keys[layer].append(pack_codes(quantize_kv(k, clip_ratios=self.clip_ratios)))
-        self.values[layer].append(pack_codes(quantize_kv(v, clip_ratios=self.clip_ratios)))
-        if layer == len(self.keys) - 1:
-            self.length += k.shape[2]
-        return _all(self.keys[layer]), _all(self.values[layer])
+    Raises:
+        ModelError: a head_dim or a number of bits that the cache does not have.
+    """
+    if spec.head_dim not in HEAD_DIMS:
+        raise ModelError(f"head_dim is {spec.head_dim}; the KV cache takes {', '.join(map(str, HEAD_DIMS))}")
+    if bits not in BITS:
+        raise ModelError(f"kv_bits is {bits}, expected {', '.join(map(str, BITS))}")
+    return Layout(spec.head_dim, bits)
 
 
-def pack_codes(rows: QuantizedKV) -> QuantizedKV:
-    """Two codes to a byte, even dimension in the low nibble: (..., D) uint8 -> (..., D/2) uint8."""
-    return QuantizedKV(rows.codes[..., ::2] | (rows.codes[..., 1::2] << 4), rows.scale, rows.minimum)
+def page_bytes(spec: ModelSpec, layout: Layout) -> int:
+    """Memory that one page takes in all layers."""
+    return spec.num_layers * spec.num_kv_heads * layout.record_bytes
 
 
-def unpack_codes(rows: QuantizedKV) -> QuantizedKV:
-    """The inverse of `pack_codes`."""
-    codes = torch.stack((rows.codes & 15, rows.codes >> 4), dim=-1).flatten(-2)
-    return QuantizedKV(codes, rows.scale, rows.minimum)
+@dataclass(frozen=True)
+class PagedCache:
+    """The caches of all layers; a page has the same number in each."""
 
+    layout: Layout
+    layers: tuple[Tensor, ...]  # each (pages, KV heads, record_bytes) uint8
 
-def _all(chunks: list[QuantizedKV]) -> Tensor:
-    """Concatenate the chunks along tokens (once: they are replaced by their concatenation) and dequantize."""
-    fields = (torch.cat([getattr(chunk, name) for chunk in chunks], dim=2) for name in ("codes", "scale", "minimum"))
-    chunks[:] = [QuantizedKV(*fields)]
-    return unpack_codes(chunks[0]).dequantize()
+    @staticmethod
+    def allocate(spec: ModelSpec, layout: Layout, pages: int, device: str | torch.device) -> "PagedCache":
+        """An empty cache, of pages * page_bytes(spec, layout) bytes."""
+        layers = (layout.allocate(pages, spec.num_kv_heads, device) for _ in range(spec.num_layers))
+        return PagedCache(layout, tuple(layers))

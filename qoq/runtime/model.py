@@ -4,13 +4,16 @@ Linears are integer GEMMs, tensors between the steps are float16, attention is c
 quantized cache: one prefill, prefill in parts and decode are then the same function to the last bit or so.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qoq.checkpoint import Checkpoint
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD
 from qoq.models.decoder import Block, Decoder, packed_block, rotary_embedding, simulated_block
+from qoq.quant import QuantizedKV, quantize_kv
 
 
 def load(folder: str | Path | Checkpoint, simulate: bool = False, device: str = "cpu") -> Decoder:
@@ -38,3 +41,53 @@ def load(folder: str | Path | Checkpoint, simulate: bool = False, device: str = 
         rope=rotary_embedding(checkpoint.config),
         clip_ratios=checkpoint.kv_cache.clip_ratios,
     )
+
+
+def greedy(decoder: Decoder, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
+    """The most likely continuation of a prompt, token by token, with a KV4 cache."""
+    cache, ids = KVCache(len(decoder.blocks), decoder.clip_ratios), list(token_ids)
+    for _ in range(max_tokens):
+        token = int(
+            decoder(torch.tensor([ids], device=decoder.embedding.device), cache, start=cache.length)[0, -1].argmax()
+        )
+        yield token
+        ids = [token]
+
+
+class KVCache:
+    """The cache of one sequence, or of several alike: 4-bit codes, two to a byte, with a scale and a minimum a row.
+
+    Called with the new keys and values of a layer, it stores them and returns all as attention sees them.
+    """
+
+    def __init__(self, num_layers: int, clip_ratios: Sequence[float] = (1.0,)):
+        self.clip_ratios = clip_ratios
+        self.keys: list[list[QuantizedKV]] = [[] for _ in range(num_layers)]
+        self.values: list[list[QuantizedKV]] = [[] for _ in range(num_layers)]
+        self.length = 0  # tokens in the last layer, hence in all
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v (B, Hkv, T, D) of the new tokens -> the same for all tokens, (B, Hkv, Tall, D) float32."""
+        self.keys[layer].append(pack_codes(quantize_kv(k, clip_ratios=self.clip_ratios)))
+        self.values[layer].append(pack_codes(quantize_kv(v, clip_ratios=self.clip_ratios)))
+        if layer == len(self.keys) - 1:
+            self.length += k.shape[2]
+        return _all(self.keys[layer]), _all(self.values[layer])
+
+
+def pack_codes(rows: QuantizedKV) -> QuantizedKV:
+    """Two codes to a byte, even dimension in the low nibble: (..., D) uint8 -> (..., D/2) uint8."""
+    return QuantizedKV(rows.codes[..., ::2] | (rows.codes[..., 1::2] << 4), rows.scale, rows.minimum)
+
+
+def unpack_codes(rows: QuantizedKV) -> QuantizedKV:
+    """The inverse of `pack_codes`."""
+    codes = torch.stack((rows.codes & 15, rows.codes >> 4), dim=-1).flatten(-2)
+    return QuantizedKV(codes, rows.scale, rows.minimum)
+
+
+def _all(chunks: list[QuantizedKV]) -> Tensor:
+    """Concatenate the chunks along tokens (once: they are replaced by their concatenation) and dequantize."""
+    fields = (torch.cat([getattr(chunk, name) for chunk in chunks], dim=2) for name in ("codes", "scale", "minimum"))
+    chunks[:] = [QuantizedKV(*fields)]
+    return unpack_codes(chunks[0]).dequantize()

@@ -1,0 +1,215 @@
+"""One step of a model over a flat batch of tokens: the same code on a GPU and on a CPU, through `qoq.kernels`.
+
+Attention always sees the quantized cache: a token's K and V are stored before its query looks at them. So one prefill,
+prefill in chunks, decode and the reuse of another request's pages compute one function.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from qoq import paged
+from qoq.checkpoint import OFFSETS, Checkpoint
+from qoq.kernels import (
+    kv4_decode,
+    kv4_gather,
+    quant_rows,
+    rmsnorm,
+    rmsnorm_quant,
+    rope_kv4_append,
+    silu_mul_quant,
+)
+from qoq.kernels.attention import Workspace
+from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
+from qoq.models.decoder import KVTransform, Rope, rotary_embedding, visible
+from qoq.paged import PAGE, HeadNorms, rope_tables
+from qoq.runtime.cache import PagedCache, layout_of
+from qoq.runtime.linear import Linear, load_linear
+from qoq.runtime.scheduler import Chunk
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of a step, sequence by sequence: those with one token (decode) before those with more (prefill)."""
+
+    ids: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64
+    slots: Tensor  # (T,) int64
+    block_tables: Tensor  # (S, max_pages) int32
+    context_lens: Tensor  # (S,) int32: tokens that a sequence's last token sees, itself included
+    spans: Tensor  # (P, 2) int32: 0 and the context of each prefill
+    prefills: tuple[tuple[int, int], ...]  # new tokens and context of each prefill, on the host
+
+    @property
+    def decodes(self) -> int:
+        return len(self.context_lens) - len(self.prefills)
+
+    @staticmethod
+    def of(chunks: Sequence[Chunk], max_pages: int, device: torch.device) -> "Batch":
+        """Of chunks in this order, those with one token first."""
+        tables = np.zeros((len(chunks), max_pages), dtype=np.int32)
+        columns, contexts = [], []
+        for row, chunk in enumerate(chunks):
+            end = chunk.start + chunk.count
+            pages = np.array(chunk.request.pages, dtype=np.int64)
+            tables[row, : len(pages)] = pages
+            positions = np.arange(chunk.start, end)
+            slots = pages[positions // PAGE] * PAGE + positions % PAGE
+            columns.append(np.stack((np.array(chunk.request.tokens[chunk.start : end]), positions, slots)))
+            contexts.append(end)
+        prefills = tuple((chunk.count, end) for chunk, end in zip(chunks, contexts, strict=True) if chunk.count > 1)
+        ids, positions, slots = torch.from_numpy(np.concatenate(columns, axis=1)).to(device)
+        return Batch(
+            ids=ids,
+            positions=positions,
+            slots=slots,
+            block_tables=torch.from_numpy(tables).to(device),
+            context_lens=torch.tensor(contexts, dtype=torch.int32).to(device),
+            spans=torch.tensor([(0, end) for _, end in prefills], dtype=torch.int32).view(-1, 2).to(device),
+            prefills=prefills,
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer as the step runs it; norms are float16."""
+
+    input_norm: Tensor
+    qkv: Linear
+    kv: KVTransform
+    head_norms: HeadNorms | None
+    window: int | None
+    o: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Executor:
+    """A loaded model with its cache.
+
+    Args:
+        max_model_len: positions that a sequence may have.
+        max_requests: sequences of one step.
+        bits: of the cache's values.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, max_model_len: int, max_requests: int, bits: int):
+        self.spec, self.device = checkpoint.spec, device
+        self.max_pages = -(-max_model_len // PAGE)
+        self.cache = PagedCache.allocate(self.spec, layout_of(self.spec, bits), 0, device)
+        self.clip_ratios = checkpoint.kv_cache.clip_ratios if bits == 4 else (1.0,)
+        self.embedding = checkpoint.tensor(EMBEDDING).to(device)
+        self.layers = [load_layer(checkpoint, index, device) for index in range(self.spec.num_layers)]
+        self.norm = checkpoint.tensor(FINAL_NORM).to(device)
+        # half precision has no fast product on a CPU
+        self.lm_head = checkpoint.tensor(LM_HEAD).to(device, torch.float32 if device.type == "cpu" else torch.float16)
+        cos, sin = rope_tables(rotary_embedding(checkpoint.config), max_model_len)
+        self.rope: Rope = cos.to(device), sin.to(device)
+        heads = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
+        self.workspace = Workspace.of(max_requests, *heads, self.max_pages, device)
+
+    def allocate(self, pages: int) -> None:
+        """Give the cache so many pages, all empty."""
+        self.cache = PagedCache.allocate(self.spec, self.cache.layout, pages, self.device)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Store the tokens' K and V; the residual stream behind the last layer, (T, hidden) float16."""
+        x, eps = self.embedding[batch.ids], self.spec.rms_norm_eps
+        for layer, cache in zip(self.layers, self.cache.layers, strict=True):
+            qkv = layer.qkv(rmsnorm_quant(x, layer.input_norm, eps), None)
+            x = layer.o(quant_rows(self._attend(layer, cache, qkv, batch)), x)
+            gate_up = layer.gate_up(rmsnorm_quant(x, layer.post_norm, eps), None)
+            x = layer.down(silu_mul_quant(gate_up), x)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """(M, hidden) float16 of `hidden` -> (M, vocabulary), float32 on a CPU, float16 on a GPU."""
+        return F.linear(rmsnorm(x, self.norm, self.spec.rms_norm_eps).to(self.lm_head.dtype), self.lm_head)
+
+    def _attend(self, layer: Layer, cache: Tensor, qkv: Tensor, batch: Batch) -> Tensor:
+        """qkv (T, (Hq + 2 Hkv) * D) float16 -> what o_proj takes, (T, Hq * D) float16."""
+        layout, decodes, v_offset = self.cache.layout, batch.decodes, layer.kv.v_offset
+        q = rope_kv4_append(
+            qkv,
+            self.rope,
+            batch.positions,
+            batch.slots,
+            cache,
+            layout,
+            layer.kv,
+            self.clip_ratios,
+            layer.head_norms,
+        )
+        parts = []
+        if decodes > 0:
+            tables, contexts, scale = batch.block_tables[:decodes], batch.context_lens[:decodes], layout.head_dim**-0.5
+            parts.append(
+                kv4_decode(q[:decodes], cache, layout, tables, contexts, scale, layer.window, v_offset, self.workspace)
+            )
+        first = decodes
+        for row, (count, context) in enumerate(batch.prefills):
+            table = batch.block_tables[decodes + row : decodes + row + 1]
+            if q.is_cuda:
+                k, v = kv4_gather(cache, layout, table, batch.spans[row], context, v_offset)
+            else:  # not rounded, as decode attention there
+                k, v = paged.gather(cache, layout, table, batch.spans[row], v_offset)
+            parts.append(attention(q[first : first + count], k, v, layer.window))
+            first += count
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of q (n, Hq, D), the last n of m tokens, over k and v (m, Hkv, D) -> (n, Hq, D) float16.
+
+    On a CPU it is computed in float64, as the specification of decode attention is.
+    """
+    n, m = len(q), len(k)
+    wide = q.dtype if q.is_cuda else torch.float64
+    q, k, v = (x.to(wide).transpose(0, 1)[None] for x in (q, k, v))
+    if window is None or m <= window:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, m), enable_gqa=True)
+    else:  # kernels that take a mask do not take groups of queries
+        seen, group = min(m, n + window - 1), q.shape[1] // k.shape[1]
+        k, v = (x[:, :, m - seen :].repeat_interleave(group, dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(n, seen, window, q.device))
+    return out[0].transpose(0, 1).to(torch.float16)
+
+
+def load_layer(checkpoint: Checkpoint, index: int, device: torch.device) -> Layer:
+    """Layer `index` of a checkpoint.
+
+    Raises:
+        CheckpointError: see `load_linear`.
+    """
+    spec, prefix = checkpoint.spec, f"model.layers.{index}."
+    norms = {name: checkpoint.tensor(f"{prefix}{name}.weight").to(device) for name in spec.norm_shapes()}
+    offsets = [checkpoint.tensor(prefix + name) for name in OFFSETS] if checkpoint.kv_cache.offset else []
+
+    def linear(block: str, *names: str) -> Linear:
+        return load_linear(checkpoint, index, [f"{block}.{name}_proj" for name in names], device)
+
+    return Layer(
+        input_norm=norms["input_layernorm"],
+        qkv=linear("self_attn", "q", "k", "v"),
+        kv=KVTransform(checkpoint.kv_cache.rotate, *offsets).to(device),
+        head_norms=_head_norms(spec, norms),
+        window=spec.windows[index],
+        o=linear("self_attn", "o"),
+        post_norm=norms["post_attention_layernorm"],
+        gate_up=linear("mlp", "gate", "up"),
+        down=linear("mlp", "down"),
+    )
+
+
+def _head_norms(spec: ModelSpec, norms: dict[str, Tensor]) -> HeadNorms | None:
+    if not spec.qk_norm:
+        return None
+    return HeadNorms(norms["self_attn.q_norm"], norms["self_attn.k_norm"], spec.rms_norm_eps)

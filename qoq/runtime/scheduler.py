@@ -1,0 +1,145 @@
+"""Which tokens the next step computes: continuous batching over a paged cache, first come first served.
+
+A step gives every running request what it lacks, oldest first: one token in decode, up to the rest of the budget of
+tokens in prefill. What is left of the budget admits waiting requests. Pages are taken as tokens need them; where none
+are left, the youngest running request gives up its own and goes back to the head of the queue, to be computed again.
+The oldest can always go on, since every request fits the cache alone, so each one ends.
+
+Full pages are shared: a request begins after the pages that hold the beginning of its tokens already.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from qoq.errors import QoqError
+from qoq.runtime.pages import Pages, page_name
+
+
+@dataclass(eq=False)
+class Request:
+    """Tokens to be computed; sampled ones are appended to `tokens` by whoever samples them."""
+
+    id: str
+    tokens: list[int]
+    limit: int  # tokens it will never have more of
+    computed: int = 0  # the first so many tokens have their K and V in the cache
+    pages: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of the full pages, as far as they were needed
+
+    def full_pages(self, count: int, size: int) -> list[bytes]:
+        """Names of at least the first `count` pages of `size` tokens, all of them full."""
+        for page in range(len(self.names), count):
+            previous = self.names[-1] if self.names else b""
+            self.names.append(page_name(previous, self.tokens[page * size : (page + 1) * size]))
+        return self.names
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start .. start + count - 1 of a request."""
+
+    request: Request
+    start: int
+    count: int
+    samples: bool  # it reaches the last token, whose successor is wanted
+
+
+class Scheduler:
+    """Requests that wait and run.
+
+    Args:
+        max_requests: that run at a time.
+        max_tokens: that a step computes.
+    """
+
+    def __init__(self, pages: Pages, max_requests: int, max_tokens: int):
+        self.pages, self.max_requests, self.max_tokens = pages, max_requests, max_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first; all are older than those that wait
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of the queue.
+
+        Raises:
+            QoqError: the cache could not hold it alone.
+        """
+        if self.pages.needed(request.limit) > self.pages.count:
+            raise QoqError(
+                f"request {request.id}: up to {request.limit} tokens, the KV cache holds "
+                f"{self.pages.count * self.pages.size}"
+            )
+        self.waiting.append(request)
+
+    def schedule(self) -> list[Chunk]:
+        """What the next step computes; `complete` must follow. Not empty while there are requests."""
+        chunks: list[Chunk] = []
+        budget, crowded, turn = self.max_tokens, False, 0
+        while turn < len(self.running) and budget > 0:
+            request = self.running[turn]
+            count = min(len(request.tokens) - request.computed, budget)
+            while not self._grow(request, request.computed + count):
+                crowded = True
+                if self._preempt() is request:
+                    break
+            else:
+                chunks.append(self._chunk(request, count))
+                budget -= count
+                turn += 1
+        while self.waiting and budget > 0 and len(self.running) < self.max_requests and not crowded:
+            request = self.waiting[0]
+            if not self._admit(request):
+                break
+            count = min(len(request.tokens) - request.computed, budget)
+            chunks.append(self._chunk(request, count))
+            budget -= count
+        return chunks
+
+    def complete(self, chunks: list[Chunk]) -> None:
+        """The step has computed these chunks; their full pages can be shared from now on."""
+        for chunk in chunks:
+            request, size = chunk.request, self.pages.size
+            before, request.computed = chunk.start // size, chunk.start + chunk.count
+            for page in range(before, request.computed // size):
+                self.pages.name(request.pages[page], request.full_pages(page + 1, size)[page])
+
+    def remove(self, request: Request) -> None:
+        """A request has ended, or shall."""
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._give_up_pages(request)
+
+    def _chunk(self, request: Request, count: int) -> Chunk:
+        return Chunk(request, request.computed, count, request.computed + count == len(request.tokens))
+
+    def _grow(self, request: Request, tokens: int) -> bool:
+        """Whether its pages now hold so many tokens."""
+        taken = self.pages.take(max(self.pages.needed(tokens) - len(request.pages), 0))
+        request.pages += taken or []
+        return taken is not None
+
+    def _admit(self, request: Request) -> bool:
+        """Let the head of the queue run, if pages for all its tokens are free; they are taken at once.
+
+        Shared pages never hold all tokens: the last one has to be computed, for its successor.
+        """
+        size, sharable = self.pages.size, (len(request.tokens) - 1) // self.pages.size
+        shared = self.pages.find(request.full_pages(sharable, size)[:sharable])
+        self.pages.share(shared)
+        request.pages, request.computed = shared, len(shared) * size
+        if not self._grow(request, len(request.tokens)):
+            self._give_up_pages(request)
+            return False
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _preempt(self) -> Request:
+        youngest = self.running.pop()
+        self._give_up_pages(youngest)
+        self.waiting.appendleft(youngest)
+        return youngest
+
+    def _give_up_pages(self, request: Request) -> None:
+        self.pages.release(request.pages)
+        request.pages, request.computed = [], 0

@@ -1,0 +1,90 @@
+"""Pages are given, shared and freed exactly; memory is counted to the byte."""
+
+import pytest
+import torch
+from conftest import VOCAB
+
+from qoq.checkpoint import Checkpoint
+from qoq.errors import ModelError
+from qoq.models.architecture import ModelSpec
+from qoq.runtime.cache import PagedCache, layout_of, page_bytes
+from qoq.runtime.pages import Pages, page_name
+
+
+def test_pages_are_taken_once_and_come_back():
+    pages = Pages(4, 8)
+    first, second = pages.take(3), pages.take(1)
+    assert sorted(first + second) == [0, 1, 2, 3] and pages.free == 0
+    assert pages.take(1) is None and pages.take(0) == []
+    pages.release(first)
+    assert pages.free == 3 and pages.take(4) is None and pages.free == 3
+    with pytest.raises(ValueError, match=f"page {first[2]} is free already"):
+        pages.release(first)
+
+
+def test_needed_pages_are_whole():
+    pages = Pages(4, 8)
+    assert [pages.needed(tokens) for tokens in (0, 1, 8, 9, 16, 17)] == [0, 1, 1, 2, 2, 3]
+
+
+def test_a_name_is_of_all_tokens_before():
+    first, other = page_name(b"", [1, 2]), page_name(b"", [2, 1])
+    assert first == page_name(b"", (1, 2)) and len(first) == 16
+    assert len({first, other, page_name(first, [3, 4]), page_name(other, [3, 4]), page_name(b"", [3, 4])}) == 5
+
+
+def test_named_pages_are_found_used_or_idle():
+    pages, names = Pages(4, 2), [page_name(b"", [i, i]) for i in range(3)]
+    own = pages.take(2)
+    for page, name in zip(own, names, strict=False):
+        pages.name(page, name)
+    assert pages.find(names) == own and pages.find(names[1:]) == own[1:] and pages.find([names[2], names[0]]) == []
+    pages.release(own)
+    assert pages.free == 4 and pages.find(names) == own
+    pages.share(own)
+    pages.share(own)
+    assert pages.free == 2
+    pages.release(own)
+    assert pages.free == 2
+    pages.release(own)
+    assert pages.free == 4
+
+
+def test_blank_pages_go_first_then_those_idle_longest():
+    pages, names = Pages(4, 2), [page_name(b"", [i, i]) for i in range(3)]
+    own = pages.take(3)
+    for page, name in zip(own, names, strict=True):
+        pages.name(page, name)
+    pages.release(own[:1])
+    pages.release(own[1:])  # the end of a sequence falls idle before its beginning
+    blank, *idle = (pages.take(1)[0] for _ in range(4))
+    assert blank not in own and idle == [own[0], own[2], own[1]]
+    assert pages.find(names[:1]) == pages.find(names[1:2]) == pages.find(names[2:]) == []
+
+
+def test_one_page_of_a_name_is_enough():
+    pages, name = Pages(2, 2), page_name(b"", [1, 1])
+    first, second = pages.take(2)
+    pages.name(first, name)
+    pages.name(second, name)
+    assert pages.find([name]) == [first]
+    pages.release([second])
+    assert pages.take(1) == [second]  # blank
+    pages.release([first])
+    assert pages.find([name]) == [first]
+
+
+@pytest.mark.parametrize(("family", "bits", "token"), [("llama", 4, 2 * 32 + 8), ("qwen3", 8, 2 * 128 + 8)])
+def test_memory_is_counted_to_the_byte(checkpoint_folder, family, bits, token):
+    spec = Checkpoint(checkpoint_folder(family)).spec
+    layout = layout_of(spec, bits)
+    assert page_bytes(spec, layout) == 2 * 2 * 64 * token  # layers, KV heads, tokens
+    cache = PagedCache.allocate(spec, layout, 5, "cpu")
+    assert sum(layer.nbytes for layer in cache.layers) == 5 * page_bytes(spec, layout)
+    assert len(cache.layers) == 2 and {layer.dtype for layer in cache.layers} == {torch.uint8}
+
+
+def test_what_the_cache_cannot_hold_is_refused():
+    spec = ModelSpec("llama", 1, 96, 96, 2, 2, 48, VOCAB, 1e-5, False, False, (None,), frozenset())
+    with pytest.raises(ModelError, match="head_dim is 48; the KV cache takes 64, 96, 128, 256"):
+        layout_of(spec, 4)

@@ -1,0 +1,439 @@
+"""The engine: a request gives the same tokens whatever runs beside it, and ends where it must."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import GROUP_SIZES, VOCAB, WINDOW, make_tokenizer, relative
+
+from qoq.errors import ModelError, QoqError
+from qoq.runtime import model
+from qoq.runtime.engine import LLMEngine, RequestOutput
+from qoq.runtime.executor import Batch
+from qoq.runtime.graphs import batch_sizes
+from qoq.runtime.pages import Pages
+from qoq.runtime.sampler import Draw, SamplingParams, choose
+from qoq.runtime.scheduler import Chunk, Request, Scheduler
+from qoq.runtime.text_stream import TextStream
+
+PROMPT = "Nobody knows"
+SEEDED = SamplingParams(max_tokens=10, temperature=1.5, top_k=100, top_p=0.95, seed=3, ignore_eos=True)
+
+
+def ids(length, seed=9):
+    return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def greedily(max_tokens, **changes):
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **changes)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint_folder):
+    """One loaded engine for all tests of the module; `fresh` gives it without memory of the others."""
+    return LLMEngine.from_checkpoint(checkpoint_folder(), memory_bytes=1 << 20)
+
+
+def fresh(loaded, pages=40, max_num_seqs=8, max_num_batched_tokens=512):
+    """The same model with an empty cache and another scheduler."""
+    loaded.executor.allocate(pages)
+    scheduler = Scheduler(Pages(pages, 64), max_num_seqs, max_num_batched_tokens)
+    return LLMEngine(loaded.executor, scheduler, loaded.tokenizer, loaded.eos_token_ids, loaded.max_model_len)
+
+
+@pytest.fixture
+def engine(loaded):
+    return fresh(loaded)
+
+
+def tokens_of(outputs):
+    return [output.token_ids for output in outputs]
+
+
+def hidden(engine, tokens, sizes):
+    """The residual stream of all tokens, fed in chunks of these sizes."""
+    request = Request("x", list(tokens), len(tokens), pages=engine.scheduler.pages.take(-(-len(tokens) // 64)))
+    start, parts = 0, []
+    for size in sizes:
+        batch = Batch.of([Chunk(request, start, size, False)], engine.max_pages, engine.device)
+        parts.append(engine.executor.hidden(batch))
+        start += size
+    assert start == len(tokens)
+    return torch.cat(parts)
+
+
+# The model
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_logits_are_the_decoders(checkpoint_folder, group_size):
+    folder, tokens = checkpoint_folder("llama", group_size), ids(80)
+    engine = LLMEngine.from_checkpoint(folder, memory_bytes=1 << 20)
+    decoder = model.load(folder)
+    expected = decoder(torch.tensor([tokens]), model.KVCache(2, decoder.clip_ratios))[0]
+    assert relative(engine.executor.logits(hidden(engine, tokens, [80])), expected) < 0.01
+
+
+def test_greedy_tokens_are_the_decoders(any_checkpoint):
+    """Every family: biases, QK-norm, a sliding window of 16 tokens."""
+    engine, tokens = LLMEngine.from_checkpoint(any_checkpoint, memory_bytes=1 << 20), ids(3 * WINDOW)
+    expected = list(model.greedy(model.load(any_checkpoint), tokens, 20))
+    assert tokens_of(engine.generate([tokens], greedily(20))) == [expected]
+
+
+def test_prefill_in_chunks_is_one_prefill(any_checkpoint):
+    """Chunks of one token go through decode attention, which rounds differently."""
+    engine, tokens = LLMEngine.from_checkpoint(any_checkpoint, memory_bytes=1 << 20), ids(100)
+    whole = hidden(engine, tokens, [100])
+    assert relative(hidden(engine, tokens, [64, 36]), whole) < 1e-3
+    assert relative(hidden(engine, tokens, [7, 50, 30, 13]), whole) < 1e-3
+    assert relative(hidden(engine, tokens, [70, *[1] * 30]), whole) < 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_wider_caches_are_nearer_to_a_float_one(checkpoint_folder, bits):
+    folder, tokens = checkpoint_folder(), ids(80)
+    decoder = model.load(folder)
+    engine = LLMEngine.from_checkpoint(folder, kv_bits=bits, memory_bytes=1 << 20)
+    found = engine.executor.logits(hidden(engine, tokens, [40, 40]))
+    assert relative(found, decoder(torch.tensor([tokens]))[0]) < {8: 0.05, 16: 0.02}[bits]
+
+
+# Requests beside each other
+
+
+def test_a_batch_is_its_requests(engine, loaded):
+    prompts = [ids(5, 1), PROMPT, ids(90, 2), ids(70, 3), "Fox"]
+    params = [greedily(12), SEEDED, greedily(4), dataclasses.replace(SEEDED, seed=4), greedily(9, logprobs=2)]
+    together = engine.generate(prompts, params)
+    for prompt, own, output in zip(prompts, params, together, strict=True):
+        alone = fresh(loaded).generate([prompt], own)[0]
+        assert alone.token_ids == output.token_ids and alone.text == output.text
+        assert len(output.token_ids) == own.max_tokens and output.finish_reason == "length"
+
+
+def test_chunks_give_the_same_tokens(engine, loaded):
+    prompts, params = [ids(150, 1), ids(60, 2), ids(33, 3)], [greedily(8), SEEDED, greedily(8)]
+    expected = tokens_of(engine.generate(prompts, params))
+    for budget in (40, 7):
+        assert tokens_of(fresh(loaded, max_num_batched_tokens=budget).generate(prompts, params)) == expected
+
+
+def test_a_prefix_hit_gives_the_same_tokens(engine, loaded):
+    tokens = ids(150)
+    first = engine.generate([tokens], greedily(8))
+    engine.add_request("again", tokens, greedily(8))
+    assert engine.scheduler.schedule()[0].start == 128
+    engine.abort_request("again")
+    engine.step()
+    assert tokens_of(engine.generate([tokens], greedily(8))) == tokens_of(first)
+    longer = tokens + first[0].token_ids + ids(10)
+    assert tokens_of(engine.generate([longer], SEEDED)) == tokens_of(fresh(loaded).generate([longer], SEEDED))
+
+
+def test_preemption_gives_the_same_tokens(engine, loaded):
+    prompts, params = [ids(60, seed) for seed in range(4)], [greedily(80), dataclasses.replace(SEEDED, max_tokens=80)]
+    expected = tokens_of(engine.generate(prompts, params * 2))
+    crowded = fresh(loaded, pages=5)
+    evicted = []
+    preempt = crowded.scheduler._preempt
+    crowded.scheduler._preempt = lambda: evicted.append(preempt()) or evicted[-1]
+    assert tokens_of(crowded.generate(prompts, params * 2)) == expected
+    assert len(evicted) >= 3 and crowded.scheduler.pages.free == 5
+
+
+def test_requests_come_and_go(engine):
+    """One is aborted, one comes later; the others do not notice."""
+    expected = tokens_of(engine.generate([ids(20, 1), ids(20, 2)], greedily(10)))
+    engine.add_request("a", ids(20, 1), greedily(10))
+    engine.add_request("b", PROMPT, greedily(200))
+    done = {}
+    for step in range(20):
+        if step == 3:
+            engine.add_request("c", ids(20, 2), greedily(10))
+        if step == 5:
+            assert engine.abort_request("b") and not engine.abort_request("b") and not engine.abort_request("nobody")
+            assert engine.has_unfinished_requests()
+        for output in engine.step():
+            assert output.request_id not in done
+            if output.finish_reason:
+                done[output.request_id] = output
+    assert not engine.has_unfinished_requests() and engine.step() == []
+    assert [done["a"].token_ids, done["c"].token_ids] == expected
+    assert done["b"].finish_reason == "abort" and len(done["b"].token_ids) == 5
+    assert engine.scheduler.pages.free == 40
+
+
+def test_unseeded_requests_differ(engine):
+    free = SamplingParams(max_tokens=8, temperature=5.0, ignore_eos=True)
+    first, second = engine.generate([PROMPT, PROMPT], free)
+    assert first.token_ids != second.token_ids
+
+
+def test_a_broken_model_ends_its_request_alone(engine, monkeypatch):
+    """NaN in one request's logits."""
+    expected = engine.generate([PROMPT], greedily(6))[0].token_ids
+    logits = engine.executor.logits
+
+    def broken(x):
+        found = logits(x).clone()
+        found[len(found) - 1 :] = torch.nan
+        return found
+
+    engine.add_request("good", PROMPT, greedily(6))
+    engine.add_request("bad", "Fox", greedily(6))
+    monkeypatch.setattr(engine.executor, "logits", broken)
+    outputs = engine.step()
+    monkeypatch.undo()
+    assert [output.finish_reason for output in outputs] == [None, "error"] and "not a number" in outputs[1].error
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+    assert outputs[0].token_ids == expected
+
+
+# Where a request ends
+
+
+def test_outputs_add_up(engine):
+    outputs = list(engine.stream(PROMPT, greedily(12, logprobs=3)))
+    assert [len(output.token_ids) for output in outputs] == list(range(1, 13))
+    assert "".join(output.delta for output in outputs) == outputs[-1].text
+    last = outputs[-1]
+    assert last.prompt_token_ids == engine.tokenizer(PROMPT).input_ids and last.finish_reason == "length"
+    assert last.text == engine.tokenizer.decode(last.token_ids, skip_special_tokens=True).rstrip("\ufffd")
+    assert [max(told, key=told.get) for told in last.logprobs] == last.token_ids
+    assert all(len(told) == 3 for told in last.logprobs)
+    assert not engine.has_unfinished_requests()
+
+
+def test_a_stream_that_is_left_is_forgotten(engine):
+    for output in engine.stream(PROMPT, greedily(50)):
+        if len(output.token_ids) == 3:
+            break
+    assert not engine.has_unfinished_requests() and engine.scheduler.pages.free == 40
+
+
+def test_stop_ids_end_the_text_and_are_left_out_of_it(engine):
+    tokens = engine.generate([PROMPT], greedily(8))[0].token_ids
+    stop = tokens[3]
+    output = engine.generate([PROMPT], greedily(8, stop_token_ids=[stop]))[0]
+    assert output.token_ids == tokens[: tokens.index(stop) + 1] and output.finish_reason == "stop"
+    kept = engine.tokenizer.decode(output.token_ids[:-1], skip_special_tokens=True)
+    assert output.text == kept.rstrip("\ufffd")
+
+
+def test_eos_stops_unless_ignored(engine, copy_of, checkpoint_folder):
+    tokens = engine.generate([PROMPT], greedily(8))[0].token_ids
+    folder = copy_of(checkpoint_folder())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, tokens[2]]}))
+    stopping = LLMEngine.from_checkpoint(folder)
+    assert stopping.eos_token_ids == {300, tokens[2]}
+    output = stopping.generate([PROMPT], SamplingParams(max_tokens=8))[0]
+    assert output.token_ids == tokens[: tokens.index(tokens[2]) + 1] and output.finish_reason == "stop"
+    assert stopping.generate([PROMPT], greedily(8))[0].token_ids == tokens
+
+
+def test_eos_is_known_without_a_generation_config(copy_of, checkpoint_folder):
+    folder = copy_of(checkpoint_folder())
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert LLMEngine.from_checkpoint(folder).eos_token_ids == {257}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    assert LLMEngine.from_checkpoint(folder).eos_token_ids == {257}  # the tokenizer's
+
+
+def test_the_context_is_not_left(engine):
+    assert engine.max_model_len == 256
+    with pytest.raises(QoqError, match="prompt of 256 tokens, the model takes fewer than 256"):
+        engine.add_request("long", [1] * 256)
+    output = engine.generate([[1] * 250], greedily(100))[0]
+    assert len(output.token_ids) == 6 and output.finish_reason == "length"
+
+
+# Text
+
+
+def stream_of(text, stop=()):
+    """The bytes of a text as tokens -> the text after each, and whether it stopped."""
+    tokenizer = make_tokenizer()
+    stream, shown = TextStream(tokenizer, stop), []
+    for token in tokenizer(text, add_special_tokens=False).input_ids:
+        stream.push(token)
+        shown.append(stream.text[: stream.safe])
+        if stream.stopped:
+            break
+    return stream, shown
+
+
+def test_characters_come_whole():
+    stream, shown = stream_of("aé€😀b")
+    assert shown == ["a", "a", "aé", "aé", "aé", "aé€", *["aé€"] * 3, "aé€😀", "aé€😀b"]
+    stream.finish()
+    assert stream.text == "aé€😀b"
+
+
+def test_a_character_that_is_never_finished_is_left_out():
+    tokenizer = make_tokenizer()
+    stream = TextStream(tokenizer)
+    for token in tokenizer("a€", add_special_tokens=False).input_ids[:-1]:
+        stream.push(token)
+    stream.finish()
+    assert stream.text == "a"
+
+
+def test_bytes_that_are_no_character_do_not_stop_the_text():
+    tokenizer = make_tokenizer()
+    stream, tokens = TextStream(tokenizer), tokenizer("é", add_special_tokens=False).input_ids
+    for token in (*tokens[1:] * 3, *tokens, tokenizer("x").input_ids[1]):
+        stream.push(token)
+    assert stream.text == "\ufffd\ufffd\ufffdéx"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "last"),
+    [
+        ("one STOP two", ["STOP"], "one ", "one "),
+        ("one STO two", ["STOP"], "one STO two", "one STO two"),
+        ("ababac", ["abac", "zz"], "ab", "ab"),
+        ("one\n\ntwo", ["two", "\n\n"], "one", "one"),
+        ("half ST", ["STOP"], "half ST", "half "),
+        ("né é€x", ["é€"], "né ", "né "),
+    ],
+)
+def test_stop_strings_are_found_across_tokens(text, stop, expected, last):
+    stream, shown = stream_of(text, stop)
+    assert shown[-1] == last
+    assert all(expected.startswith(part) for part in shown)  # nothing is taken back
+    stream.finish()
+    assert stream.text == expected and stream.stopped == (expected != text)
+
+
+def test_a_stop_string_ends_its_request(engine):
+    plain = engine.generate([PROMPT], greedily(30))[0]
+    text = plain.text
+    stop = text[4:6]
+    outputs = list(engine.stream(PROMPT, greedily(30, stop=stop)))
+    assert outputs[-1].text == text[: text.index(stop)] and outputs[-1].finish_reason == "stop"
+    assert "".join(output.delta for output in outputs) == outputs[-1].text
+    assert plain.token_ids[: len(outputs[-1].token_ids)] == outputs[-1].token_ids
+
+
+# Sampling
+
+
+def test_a_draw_depends_on_its_row_alone():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    warm = SamplingParams(temperature=1.0, logprobs=4)
+    draws = [Draw(warm, 5, 7), Draw(SamplingParams(), 0, 0), Draw(warm, 5, 8)]
+    tokens, logprobs = choose(logits, draws)
+    for row, draw in enumerate(draws):
+        assert choose(logits[row : row + 1].clone(), [draw]) == ([tokens[row]], [logprobs[row]])
+    assert tokens[1] == int(logits[1].argmax()) and logprobs[1] is None
+    told = logits[0].log_softmax(0)
+    assert set(logprobs[0]) == {*told.topk(4).indices.tolist(), tokens[0]}
+    assert logprobs[0][tokens[0]] == pytest.approx(float(told[tokens[0]]))
+    assert choose(torch.full((1, 50), torch.nan), draws[:1]) == ([-1], [None])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0, expected a positive integer"),
+        ({"max_tokens": None}, "max_tokens is None"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number of 0 or more"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0}, "top_p is 0, expected a number above 0, up to 1"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"seed": 1 << 63}, "expected an integer of 64 bits"),
+        ({"stop": [""]}, "stop is '', expected strings that are not empty"),
+        ({"stop": 3}, "stop is 3, expected a list"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids is 'a', expected token ids"),
+        ({"logprobs": 21}, "logprobs is 21, expected an integer from 0 to 20"),
+        ({"ignore_eos": 1}, "ignore_eos is 1"),
+    ],
+)
+def test_parameters_are_checked(changes, message):
+    with pytest.raises(QoqError, match=message.replace("(", r"\(")):
+        SamplingParams(**changes)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "message"),
+    [
+        ("new", [], "empty prompt"),
+        ("new", [1, VOCAB], f"token id {VOCAB} in the prompt, expected 0..{VOCAB - 1}"),
+        ("new", [1, -1], "token id -1"),
+        ("new", [1, 2.0], "token id 2.0"),
+        ("new", [1] * 300, "prompt of 300 tokens"),
+        ("there", [1], "request there: a request of this id is in progress"),
+    ],
+)
+def test_a_refused_request_harms_nobody(engine, name, prompt, message):
+    expected = engine.generate([PROMPT], greedily(4))[0].token_ids
+    engine.add_request("there", PROMPT, greedily(4))
+    with pytest.raises(QoqError, match=message):
+        engine.add_request(name, prompt)
+    with pytest.raises(QoqError, match="other requests are in progress"):
+        engine.generate([PROMPT])
+    outputs: list[RequestOutput] = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert outputs[-1].token_ids == expected and {output.request_id for output in outputs} == {"there"}
+
+
+def test_a_refused_prompt_refuses_the_list(engine):
+    with pytest.raises(QoqError, match="empty prompt"):
+        engine.generate([PROMPT, []])
+    assert not engine.has_unfinished_requests() and engine.scheduler.pages.free == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "toaster"}, "device 'toaster', expected cpu, cuda or cuda:N"),
+        ({"kv_bits": 5}, "kv_bits is 5, expected 4, 8, 16"),
+        ({"max_model_len": 257}, "max_model_len is 257, expected 2 to 256"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"max_num_seqs": 2000}, "max_num_seqs is 2000, expected 1 to 1024"),
+        ({"memory_bytes": 1000}, "1000 bytes of KV cache hold 0 tokens, max_model_len is 256"),
+        ({"memory_bytes": 2 * 18432, "max_model_len": 200}, "hold 128 tokens, max_model_len is 200"),
+    ],
+)
+def test_options_are_checked(checkpoint_folder, options, message):
+    with pytest.raises((QoqError, ModelError), match=message):
+        LLMEngine.from_checkpoint(checkpoint_folder(), **options)
+
+
+def test_little_memory_is_a_short_model(checkpoint_folder):
+    engine = LLMEngine.from_checkpoint(checkpoint_folder(), memory_bytes=2 * 18432 + 5)
+    assert engine.max_model_len == 128 and engine.scheduler.pages.count == 2
+    assert len(engine.generate([ids(120)], greedily(20))[0].token_ids) == 8
+
+
+# On a GPU
+
+
+def test_graphs_are_few_and_reach_the_largest_batch():
+    assert batch_sizes(1) == [1] and batch_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert batch_sizes(256)[-2:] == [248, 256] and batch_sizes(1024)[-2:] == [992, 1024] and len(batch_sizes(256)) == 35
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graphs_compute_what_the_step_does(checkpoint_folder):
+    """And that is what the CPU computes, within the rounding of attention."""
+    prompts = [ids(5, 1), ids(90, 2), ids(70, 3)]
+    on_gpu = LLMEngine.from_checkpoint(checkpoint_folder(), "cuda", memory_bytes=1 << 20, max_num_seqs=5)
+    graphs = on_gpu.executor
+    found = tokens_of(on_gpu.generate(prompts, greedily(12)))
+    on_gpu.executor = graphs.executor
+    assert tokens_of(on_gpu.generate(prompts, greedily(12))) == found
+    on_cpu = LLMEngine.from_checkpoint(checkpoint_folder(), memory_bytes=1 << 20)
+    whole = [hidden(engine, ids(100), [64, 36]).cpu() for engine in (on_gpu, on_cpu)]
+    assert relative(*whole) < 0.02
