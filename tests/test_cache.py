@@ -11,9 +11,15 @@ from qoq.runtime.cache import PagedCache, layout_of, page_bytes
 from qoq.runtime.pages import Pages, page_name
 
 
+def take(pages: Pages, count: int) -> list[int]:
+    taken = pages.take(count)
+    assert taken is not None
+    return taken
+
+
 def test_pages_are_taken_once_and_come_back():
     pages = Pages(4, 8)
-    first, second = pages.take(3), pages.take(1)
+    first, second = take(pages, 3), take(pages, 1)
     assert sorted(first + second) == [0, 1, 2, 3] and pages.free == 0
     assert pages.take(1) is None and pages.take(0) == []
     pages.release(first)
@@ -35,7 +41,7 @@ def test_a_name_is_of_all_tokens_before():
 
 def test_named_pages_are_found_used_or_idle():
     pages, names = Pages(4, 2), [page_name(b"", [i, i]) for i in range(3)]
-    own = pages.take(2)
+    own = take(pages, 2)
     for page, name in zip(own, names, strict=False):
         pages.name(page, name)
     assert pages.find(names) == own and pages.find(names[1:]) == own[1:] and pages.find([names[2], names[0]]) == []
@@ -52,19 +58,19 @@ def test_named_pages_are_found_used_or_idle():
 
 def test_blank_pages_go_first_then_those_idle_longest():
     pages, names = Pages(4, 2), [page_name(b"", [i, i]) for i in range(3)]
-    own = pages.take(3)
+    own = take(pages, 3)
     for page, name in zip(own, names, strict=True):
         pages.name(page, name)
     pages.release(own[:1])
     pages.release(own[1:])  # the end of a sequence falls idle before its beginning
-    blank, *idle = (pages.take(1)[0] for _ in range(4))
+    blank, *idle = (take(pages, 1)[0] for _ in range(4))
     assert blank not in own and idle == [own[0], own[2], own[1]]
     assert pages.find(names[:1]) == pages.find(names[1:2]) == pages.find(names[2:]) == []
 
 
 def test_one_page_of_a_name_is_enough():
     pages, name = Pages(2, 2), page_name(b"", [1, 1])
-    first, second = pages.take(2)
+    first, second = take(pages, 2)
     pages.name(first, name)
     pages.name(second, name)
     assert pages.find([name]) == [first]

@@ -11,7 +11,7 @@ from qoq.errors import ModelError, QoqError
 from qoq.runtime import model
 from qoq.runtime.engine import LLMEngine, RequestOutput
 from qoq.runtime.executor import Batch
-from qoq.runtime.graphs import batch_sizes
+from qoq.runtime.graphs import GraphExecutor, batch_sizes
 from qoq.runtime.pages import Pages
 from qoq.runtime.sampler import Draw, SamplingParams, choose
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
@@ -72,7 +72,7 @@ def test_logits_are_the_decoders(checkpoint_folder, group_size):
     engine = LLMEngine.from_checkpoint(folder, memory_bytes=1 << 20)
     decoder = model.load(folder)
     expected = decoder(torch.tensor([tokens]), model.KVCache(2, decoder.clip_ratios))[0]
-    assert relative(engine.executor.logits(hidden(engine, tokens, [80])), expected) < 0.01
+    assert relative(engine.executor.logits(hidden(engine, tokens, [80])), expected) < 1e-3
 
 
 def test_greedy_tokens_are_the_decoders(any_checkpoint):
@@ -83,12 +83,11 @@ def test_greedy_tokens_are_the_decoders(any_checkpoint):
 
 
 def test_prefill_in_chunks_is_one_prefill(any_checkpoint):
-    """Chunks of one token go through decode attention, which rounds differently."""
+    """Chunks of one token go through decode attention."""
     engine, tokens = LLMEngine.from_checkpoint(any_checkpoint, memory_bytes=1 << 20), ids(100)
     whole = hidden(engine, tokens, [100])
-    assert relative(hidden(engine, tokens, [64, 36]), whole) < 1e-3
-    assert relative(hidden(engine, tokens, [7, 50, 30, 13]), whole) < 1e-3
-    assert relative(hidden(engine, tokens, [70, *[1] * 30]), whole) < 0.01
+    for sizes in ([64, 36], [7, 50, 30, 13], [70, *[1] * 30]):
+        assert relative(hidden(engine, tokens, sizes), whole) < 1e-3
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -132,13 +131,18 @@ def test_a_prefix_hit_gives_the_same_tokens(engine, loaded):
     assert tokens_of(engine.generate([longer], SEEDED)) == tokens_of(fresh(loaded).generate([longer], SEEDED))
 
 
-def test_preemption_gives_the_same_tokens(engine, loaded):
+def test_preemption_gives_the_same_tokens(engine, loaded, monkeypatch):
     prompts, params = [ids(60, seed) for seed in range(4)], [greedily(80), dataclasses.replace(SEEDED, max_tokens=80)]
     expected = tokens_of(engine.generate(prompts, params * 2))
     crowded = fresh(loaded, pages=5)
     evicted = []
     preempt = crowded.scheduler._preempt
-    crowded.scheduler._preempt = lambda: evicted.append(preempt()) or evicted[-1]
+
+    def counted():
+        evicted.append(preempt())
+        return evicted[-1]
+
+    monkeypatch.setattr(crowded.scheduler, "_preempt", counted)
     assert tokens_of(crowded.generate(prompts, params * 2)) == expected
     assert len(evicted) >= 3 and crowded.scheduler.pages.free == 5
 
@@ -331,8 +335,9 @@ def test_a_draw_depends_on_its_row_alone():
         assert choose(logits[row : row + 1].clone(), [draw]) == ([tokens[row]], [logprobs[row]])
     assert tokens[1] == int(logits[1].argmax()) and logprobs[1] is None
     told = logits[0].log_softmax(0)
-    assert set(logprobs[0]) == {*told.topk(4).indices.tolist(), tokens[0]}
-    assert logprobs[0][tokens[0]] == pytest.approx(float(told[tokens[0]]))
+    own = logprobs[0] or {}
+    assert set(own) == {*told.topk(4).indices.tolist(), tokens[0]}
+    assert own[tokens[0]] == pytest.approx(float(told[tokens[0]]))
     assert choose(torch.full((1, 50), torch.nan), draws[:1]) == ([-1], [None])
 
 
@@ -430,9 +435,9 @@ def test_graphs_compute_what_the_step_does(checkpoint_folder):
     """And that is what the CPU computes, within the rounding of attention."""
     prompts = [ids(5, 1), ids(90, 2), ids(70, 3)]
     on_gpu = LLMEngine.from_checkpoint(checkpoint_folder(), "cuda", memory_bytes=1 << 20, max_num_seqs=5)
-    graphs = on_gpu.executor
+    assert isinstance(on_gpu.executor, GraphExecutor)
     found = tokens_of(on_gpu.generate(prompts, greedily(12)))
-    on_gpu.executor = graphs.executor
+    on_gpu.executor = on_gpu.executor.executor
     assert tokens_of(on_gpu.generate(prompts, greedily(12))) == found
     on_cpu = LLMEngine.from_checkpoint(checkpoint_folder(), memory_bytes=1 << 20)
     whole = [hidden(engine, ids(100), [64, 36]).cpu() for engine in (on_gpu, on_cpu)]

@@ -102,7 +102,9 @@ ACTIONS = st.lists(st.one_of(ADD, st.just("step"), st.integers(0, 9)), max_size=
 def test_any_schedule_ends_every_request_once(actions, pages, max_requests, max_tokens):
     """Requests come, go and are aborted (by a number: one of those in progress) between steps."""
     scheduler = Scheduler(Pages(pages, SIZE), max_requests, max_tokens)
-    model, alive, wanted, ended, steps = Model(scheduler), {}, {}, [], 0
+    model, ended, steps = Model(scheduler), [], 0
+    alive: dict[str, Request] = {}
+    wanted: dict[str, list[int]] = {}
 
     def end(request):
         scheduler.remove(request)

@@ -53,21 +53,22 @@ class Batch:
     def of(chunks: Sequence[Chunk], max_pages: int, device: torch.device) -> "Batch":
         """Of chunks in this order, those with one token first."""
         tables = np.zeros((len(chunks), max_pages), dtype=np.int32)
-        columns, contexts = [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         for row, chunk in enumerate(chunks):
-            end = chunk.start + chunk.count
-            pages = np.array(chunk.request.pages, dtype=np.int64)
+            pages, new = chunk.request.pages, range(chunk.start, chunk.start + chunk.count)
             tables[row, : len(pages)] = pages
-            positions = np.arange(chunk.start, end)
-            slots = pages[positions // PAGE] * PAGE + positions % PAGE
-            columns.append(np.stack((np.array(chunk.request.tokens[chunk.start : end]), positions, slots)))
-            contexts.append(end)
+            ids += chunk.request.tokens[new.start : new.stop]
+            positions += new
+            slots += [pages[position // PAGE] * PAGE + position % PAGE for position in new]
+        contexts = [chunk.start + chunk.count for chunk in chunks]
         prefills = tuple((chunk.count, end) for chunk, end in zip(chunks, contexts, strict=True) if chunk.count > 1)
-        ids, positions, slots = torch.from_numpy(np.concatenate(columns, axis=1)).to(device)
+        tokens = torch.tensor([ids, positions, slots]).to(device)
         return Batch(
-            ids=ids,
-            positions=positions,
-            slots=slots,
+            ids=tokens[0],
+            positions=tokens[1],
+            slots=tokens[2],
             block_tables=torch.from_numpy(tables).to(device),
             context_lens=torch.tensor(contexts, dtype=torch.int32).to(device),
             spans=torch.tensor([(0, end) for _, end in prefills], dtype=torch.int32).view(-1, 2).to(device),
