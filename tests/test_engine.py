@@ -6,12 +6,17 @@ import json
 import pytest
 import torch
 from conftest import GROUP_SIZES, VOCAB, WINDOW, make_tokenizer, relative
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from qoq.errors import ModelError, QoqError
-from qoq.runtime import model
+from qoq.checkpoint import Checkpoint
+from qoq.errors import CheckpointError, ModelError, QoqError
+from qoq.quant import quantize_rows
+from qoq.runtime import graphs, model
 from qoq.runtime.engine import LLMEngine, RequestOutput
 from qoq.runtime.executor import Batch
 from qoq.runtime.graphs import GraphExecutor, batch_sizes
+from qoq.runtime.linear import PackedLinear, UnpackedLinear, joined_tensors
 from qoq.runtime.pages import Pages
 from qoq.runtime.sampler import Draw, SamplingParams, choose
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
@@ -97,6 +102,44 @@ def test_wider_caches_are_nearer_to_a_float_one(checkpoint_folder, bits):
     engine = LLMEngine.from_checkpoint(folder, kv_bits=bits, memory_bytes=1 << 20)
     found = engine.executor.logits(hidden(engine, tokens, [40, 40]))
     assert relative(found, decoder(torch.tensor([tokens]))[0]) < {8: 0.05, 16: 0.02}[bits]
+
+
+@pytest.mark.parametrize(("family", "group_size"), [("llama", 128), ("llama", -1), ("qwen2", 64)])
+def test_both_kinds_of_linears_are_the_checkpoints(checkpoint_folder, family, group_size):
+    """Joined as packed tensors, on a GPU and on a CPU, they give the bits of each linear by itself."""
+    checkpoint, names = Checkpoint(checkpoint_folder(family, group_size)), [f"self_attn.{x}_proj" for x in "qkv"]
+    tensors = joined_tensors(checkpoint, 1, names)
+    x = torch.randn(3, checkpoint.spec.hidden_size, generator=torch.Generator().manual_seed(0)).half()
+    expected = torch.cat([checkpoint.linear(1, name)(x) for name in names], dim=1)
+    residual = expected.flip(0)
+    for linear in (PackedLinear.of(tensors, "x"), UnpackedLinear.of(tensors, "x")):
+        assert torch.equal(linear(quantize_rows(x)), expected)
+        assert torch.equal(linear(quantize_rows(x), residual), residual + expected)
+    tensors["s1_scales"][5] = torch.nan
+    for kind in (PackedLinear, UnpackedLinear):
+        with pytest.raises(CheckpointError, match="model.layers.1.x"):
+            kind.of(tensors, "model.layers.1.x")
+
+
+def test_a_graph_computes_its_batch(engine, loaded, monkeypatch):
+    """Graphs replayed by computing what they captured: batches between two sizes, prefills beside decodes."""
+
+    class Replayed:
+        def __init__(self, executor, size):
+            self.executor, self.size = executor, size
+
+        def replay(self):
+            batch = self.executor._first(self.size)
+            self.executor.out[: self.size].copy_(self.executor.executor.hidden(batch))
+
+    monkeypatch.setattr(graphs, "workspace", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(GraphExecutor, "_capture", lambda self, size, pool: Replayed(self, size))
+    prompts, params = [ids(5 + 30 * i, i) for i in range(6)], [greedily(3 + i) for i in range(6)]
+    expected = tokens_of(engine.generate(prompts, params))
+    again = fresh(loaded, max_num_batched_tokens=100)
+    again.executor = GraphExecutor(loaded.executor, 8)
+    assert tokens_of(again.generate(prompts, params)) == expected
 
 
 # Requests beside each other
@@ -286,6 +329,19 @@ def test_a_character_that_is_never_finished_is_left_out():
     assert stream.text == "a"
 
 
+def test_a_piece_is_decoded_behind_the_one_before():
+    """Tokenizers like Llama 2's drop the space before the first token that they decode."""
+    vocab = {"▁one": 0, "▁two": 1, "x": 2, "<0xC3>": 3, "<0xA9>": 4}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    parts = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence(list(parts))
+    stream, shown = TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer)), []
+    for token in (0, 1, 2, 3, 4, 1):
+        stream.push(token)
+        shown.append(stream.text)
+    assert shown == ["one", "one two", "one twox", "one twox", "one twoxé", "one twoxé two"]
+
+
 def test_bytes_that_are_no_character_do_not_stop_the_text():
     tokenizer = make_tokenizer()
     stream, tokens = TextStream(tokenizer), tokenizer("é", add_special_tokens=False).input_ids
@@ -334,6 +390,8 @@ def test_a_draw_depends_on_its_row_alone():
     for row, draw in enumerate(draws):
         assert choose(logits[row : row + 1].clone(), [draw]) == ([tokens[row]], [logprobs[row]])
     assert tokens[1] == int(logits[1].argmax()) and logprobs[1] is None
+    for others in ([Draw(warm, i, 7) for i in range(20)], [Draw(warm, 5, i) for i in range(20)]):
+        assert len(set(choose(logits[:1].expand(20, -1).contiguous(), others)[0])) > 5
     told = logits[0].log_softmax(0)
     own = logprobs[0] or {}
     assert set(own) == {*told.topk(4).indices.tolist(), tokens[0]}

@@ -4,7 +4,7 @@ Linears that read the same input (q, k, v; gate, up) are one: packed tensors are
 concatenation (`qoq.packing`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,14 @@ class PackedLinear:
     weight: PackedWeight
     bias: Tensor | None  # (N,) float16
 
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], name: str) -> "PackedLinear":
+        """Of tensors by their suffix; `name` is for messages. Raises CheckpointError for an illegal group."""
+        try:
+            return PackedLinear(PackedWeight.from_tensors(tensors), tensors.get("bias"))
+        except (QuantizationError, CheckpointError) as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
     def __call__(self, rows: QuantizedRows, residual: Tensor | None = None) -> Tensor:
         return w4a8_gemm(rows, self.weight, self.bias, residual)
 
@@ -39,6 +47,14 @@ class UnpackedLinear:
     s1: Tensor  # (N,) float16
     szero: Tensor | None  # (N,) float16; per-channel weights alone
     bias: Tensor | None  # (N,) float16
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], name: str) -> "UnpackedLinear":
+        """As `PackedLinear.of`."""
+        linear = unpack_linear(name, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+        weight = linear.weight
+        szero = weight.szero if isinstance(weight, ChannelWeight) else None
+        return UnpackedLinear(weight.integers(), weight.s1, szero, linear.bias)
 
     def __call__(self, rows: QuantizedRows, residual: Tensor | None = None) -> Tensor:
         if self.szero is None:
@@ -54,19 +70,15 @@ def load_linear(checkpoint: Checkpoint, index: int, names: Sequence[str], device
     Raises:
         CheckpointError: a group that cannot be multiplied exactly; names the linears.
     """
-    prefix, joined = f"model.layers.{index}.", "+".join(names)
+    tensors = {suffix: x.to(device) for suffix, x in joined_tensors(checkpoint, index, names).items()}
+    kind = UnpackedLinear if device.type == "cpu" else PackedLinear
+    return kind.of(tensors, f"model.layers.{index}.{'+'.join(names)}")
+
+
+def joined_tensors(checkpoint: Checkpoint, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+    """Suffix -> tensors of several linears, one behind the other along N."""
     tensors = {}
     for suffix in linear_tensors(0, 0, checkpoint.group_size, names[0] in checkpoint.spec.biases):
-        parts = [checkpoint.tensor(f"{prefix}{name}.{suffix}") for name in names]
+        parts = [checkpoint.tensor(f"model.layers.{index}.{name}.{suffix}") for name in names]
         tensors[suffix] = torch.cat(parts, dim=1 if suffix.startswith("s2_") else 0)
-    if device.type == "cpu":
-        full = prefix + joined
-        linear = unpack_linear(full, {f"{full}.{suffix}": tensor for suffix, tensor in tensors.items()})
-        weight = linear.weight
-        szero = weight.szero if isinstance(weight, ChannelWeight) else None
-        return UnpackedLinear(weight.integers(), weight.s1, szero, linear.bias)
-    moved = {suffix: tensor.to(device) for suffix, tensor in tensors.items()}
-    try:
-        return PackedLinear(PackedWeight.from_tensors(moved), moved.get("bias"))
-    except (QuantizationError, CheckpointError) as error:
-        raise CheckpointError(f"{prefix}{joined}: {error}") from None
+    return tensors

@@ -1,4 +1,4 @@
-"""A checkpoint as a `Decoder` on the CPU, executed through the specification in `qoq.quant`.
+"""A checkpoint as a `Decoder`, executed through the specification in `qoq.quant`: what the engine is measured against.
 
 Linears are integer GEMMs, tensors between the steps are float16, attention is computed in float64 over the
 quantized cache: one prefill, prefill in parts and decode are then the same function to the last bit or so.

@@ -73,19 +73,18 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """What the next step computes; `complete` must follow. Not empty while there are requests."""
         chunks: list[Chunk] = []
-        budget, crowded, turn = self.max_tokens, False, 0
+        budget, turn = self.max_tokens, 0
         while turn < len(self.running) and budget > 0:
             request = self.running[turn]
             count = min(len(request.tokens) - request.computed, budget)
             while not self._grow(request, request.computed + count):
-                crowded = True
                 if self._preempt() is request:
                     break
             else:
                 chunks.append(self._chunk(request, count))
                 budget -= count
                 turn += 1
-        while self.waiting and budget > 0 and len(self.running) < self.max_requests and not crowded:
+        while self.waiting and budget > 0 and len(self.running) < self.max_requests:
             request = self.waiting[0]
             if not self._admit(request):
                 break
