@@ -88,15 +88,16 @@ def expected(name, length, more, start=0):
     return tokens
 
 
-ADD = st.tuples(st.integers(1, 20), st.integers(1, 10), st.integers(0, 2))
-ACTIONS = st.lists(st.one_of(ADD, st.just("step"), st.integers(0, 9)), max_size=40)
+# how many requests, then of each: prompt, answer, first token
+ADD = st.tuples(st.sampled_from([4, 1, 2]), st.integers(1, 12), st.sampled_from([20, 1, 7, 13]), st.integers(0, 2))
+ACTIONS = st.lists(st.one_of(ADD, st.just("step"), st.integers(0, 9)), min_size=4, max_size=40)
 
 
 @settings(max_examples=150)
 @given(
     actions=ACTIONS,
-    pages=st.integers(8, 20),
-    max_requests=st.integers(1, 5),
+    pages=st.integers(8, 14),
+    max_requests=st.sampled_from([6, 1, 2, 3]),
     max_tokens=st.integers(1, 24),
 )
 def test_any_schedule_ends_every_request_once(actions, pages, max_requests, max_tokens):
@@ -121,11 +122,13 @@ def test_any_schedule_ends_every_request_once(actions, pages, max_requests, max_
         if oldest is not None:  # nobody starves: the oldest always gets on
             assert (len(oldest.tokens), oldest.computed) > before[oldest.id]
 
-    for action in [*actions]:
+    for action in actions:
         if isinstance(action, tuple):
-            name = str(len(wanted))
-            alive[name], wanted[name] = request(name, *action), expected(name, *action)
-            scheduler.add(alive[name])
+            copies, *kind = action
+            for _ in range(copies):
+                name = str(len(wanted))
+                alive[name], wanted[name] = request(name, *kind), expected(name, *kind)
+                scheduler.add(alive[name])
         elif action == "step":
             step()
         elif alive:
