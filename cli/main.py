@@ -11,6 +11,7 @@ from qoq.cli.compare import compare
 from qoq.cli.eval import evaluate
 from qoq.cli.inspect import inspect
 from qoq.cli.quantize import quantize
+from qoq.cli.serve import serve
 from qoq.errors import QoqError
 
 
@@ -20,7 +21,7 @@ def group() -> None:
     """Quantize a Hugging Face LLM to W4A8KV4, prove the checkpoint right, and run it."""
 
 
-for command in (quantize, evaluate, compare, inspect, chat, bench):
+for command in (quantize, evaluate, compare, inspect, chat, serve, bench):
     group.add_command(command)
 
 

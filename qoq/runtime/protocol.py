@@ -1,0 +1,246 @@
+"""OpenAI's API as far as `qoq serve` speaks it: what a request may say, and how answers look.
+
+A field that would change the answer and is not known here is refused, unless it has the value that changes nothing.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qoq.runtime.engine import Prompt, RequestOutput
+from qoq.runtime.sampler import SamplingParams
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # and the values that change nothing
+    "n": (1,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+}
+COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions; a chat goes on to the end of the context
+MIN_LOGPROB = -9999.0  # JSON has no infinity
+Stop = Annotated[list[str], Field(max_length=16)]
+Asked = TypeVar("Asked", bound="Sampling")
+
+
+class ApiError(Exception):
+    """An answer in OpenAI's form of an error."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code or self.status}}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class Sampling(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | Stop | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """As the engine takes them; `max_tokens` is the default.
+
+        Raises:
+            QoqError: a value out of range.
+        """
+        given = {
+            name: value
+            for name in ("max_tokens", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos")
+            if (value := getattr(self, name)) is not None
+        }
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return SamplingParams(**{"max_tokens": max_tokens, **given}, temperature=temperature, logprobs=logprobs)
+
+
+class CompletionRequest(Sampling):
+    prompt: Any
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    def prompts(self) -> list[Prompt]:
+        """Raises ApiError: neither text, nor token ids, nor a list of these."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt, list) and prompt:
+            if all(isinstance(part, int) for part in prompt):
+                return [prompt]
+            if all(isinstance(part, str) for part in prompt):
+                return prompt
+            if all(isinstance(part, list) and all(isinstance(token, int) for token in part) for part in prompt):
+                return prompt
+        if prompt == []:
+            raise ApiError(400, "empty prompt: expected at least one token", "prompt")
+        raise ApiError(400, "prompt: expected a string, strings, token ids, or lists of token ids", "prompt")
+
+
+class TextPart(BaseModel):
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it. Raises ApiError: a part that is no text."""
+        if isinstance(self.content, list):
+            for part in self.content:
+                if part.type != "text":
+                    raise ApiError(400, f"content of type {part.type!r}, expected text", "messages")
+            return {"role": self.role, "content": "".join(part.text or "" for part in self.content)}
+        return {"role": self.role, "content": self.content or ""}
+
+
+class ChatRequest(Sampling):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+def read(kind: type[Asked], body: bytes) -> Asked:
+    """A request from its JSON.
+
+    Raises:
+        ApiError: no JSON, a wrong type, or a field that is not supported.
+    """
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ApiError(400, f"{where or 'body'}: {first['msg']}", where or None) from None
+    for name, neutral in UNSUPPORTED.items():
+        value = (request.model_extra or {}).get(name)
+        if value is not None and value not in neutral:
+            expected = f", expected {neutral[0]!r}" if neutral else ""
+            raise ApiError(400, f"{name} is not supported{expected}", name)
+    return request
+
+
+class Reply:
+    """One answer as it is written: its id, and the objects that carry parts of it or all of it."""
+
+    def __init__(self, chat: bool, model: str, tokenizer: Any, starts: Sequence[str]):
+        self.chat, self.tokenizer, self.starts = chat, tokenizer, starts  # starts: echoed prompts, or empty strings
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._model, self._created = model, int(time.time())
+        self._told = [0] * len(starts)  # tokens whose log-probabilities were sent
+        self._offset = [0] * len(starts)  # characters of these
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = [self._choice(index, output, output.text) for index, output in enumerate(outputs)]
+        return self._object(choices, chunk=False) | {"usage": usage(outputs)}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """What a stream begins with: the role, or the echo."""
+        if self.chat:
+            content = {"role": "assistant", "content": ""}
+            return self._object([{"index": index, "delta": content, "logprobs": None, "finish_reason": None}])
+        if self.starts[index]:
+            text = self.starts[index]
+            return self._object([{"index": index, "text": text, "logprobs": None, "finish_reason": None}])
+        return None
+
+    def part(self, index: int, output: RequestOutput) -> dict[str, Any] | None:
+        """What an output adds to a stream, if anything."""
+        if not output.delta and output.finish_reason is None and output.logprobs is None:
+            return None
+        return self._object([self._choice(index, output, output.delta, chunk=True)])
+
+    def total(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The chunk with the usage alone."""
+        return self._object([]) | {"usage": usage(outputs)}
+
+    def _object(self, choices: list[dict[str, Any]], chunk: bool = True) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+    def _choice(self, index: int, output: RequestOutput, text: str, chunk: bool = False) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index}
+        if self.chat and chunk:
+            choice["delta"] = {"content": text} if text else {}
+        elif self.chat:
+            choice["message"] = {"role": "assistant", "content": text}
+        else:
+            choice["text"] = text if chunk else self.starts[index] + text
+        logprobs = None if output.logprobs is None else self._logprobs(index, output)
+        return choice | {"logprobs": logprobs, "finish_reason": output.finish_reason}
+
+    def _logprobs(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """Of the tokens that were not told yet."""
+        begin, self._told[index] = self._told[index], len(output.token_ids)
+        tokens, told = output.token_ids[begin:], (output.logprobs or [])[begin:]
+        if self.chat:
+            return {"content": [self._content(token, own) for token, own in zip(tokens, told, strict=True)]}
+        names, offsets = [self._name(token) for token in tokens], []
+        for name in names:
+            offsets.append(self._offset[index])
+            self._offset[index] += len(name)
+        tops: list[dict[str, float]] = []
+        for token, own in zip(tokens, told, strict=True):
+            top = {self._name(token): _finite(own[token])}
+            for other, value in own.items():
+                top.setdefault(self._name(other), _finite(value))  # parts of characters share a name
+            tops.append(top)
+        values = [_finite(own[token]) for token, own in zip(tokens, told, strict=True)]
+        return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _content(self, token: int, own: dict[int, float]) -> dict[str, Any]:
+        return self._entry(token, own[token]) | {"top_logprobs": [self._entry(*pair) for pair in own.items()]}
+
+    def _entry(self, token: int, value: float) -> dict[str, Any]:
+        name = self._name(token)
+        return {"token": name, "logprob": _finite(value), "bytes": list(name.encode())}
+
+    def _name(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+
+def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    generated = sum(len(output.token_ids) for output in outputs)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def _finite(value: float) -> float:
+    return max(value, MIN_LOGPROB)
