@@ -72,7 +72,7 @@ class Ops(click.ParamType):
 
 @click.group()
 def bench() -> None:
-    """Measure speed on a GPU, or say what a card allows: `qoq bench kernels`, `qoq bench roofline`."""
+    """Measure speed, or say what a card allows."""
 
 
 @bench.command()

@@ -10,8 +10,10 @@ from qoq.cli.chat import chat
 from qoq.cli.compare import compare
 from qoq.cli.eval import evaluate
 from qoq.cli.inspect import inspect
+from qoq.cli.latency import latency
 from qoq.cli.quantize import quantize
 from qoq.cli.serve import serve
+from qoq.cli.throughput import throughput
 from qoq.errors import QoqError
 
 
@@ -23,6 +25,8 @@ def group() -> None:
 
 for command in (quantize, evaluate, compare, inspect, chat, serve, bench):
     group.add_command(command)
+for measurement in (throughput, latency):
+    bench.add_command(measurement)
 
 
 def main() -> None:

@@ -1,0 +1,62 @@
+"""qoq bench latency: what single requests wait for while others come, in the figures of `vllm bench serve`."""
+
+import math
+
+import click
+
+from qoq.cli.output import check_device, common_options, print_json
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--num-prompts", type=click.IntRange(min=1), default=200, show_default=True, help="Requests in all.")
+@click.option(
+    "--request-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=math.inf,
+    show_default=True,
+    help="Requests a second, on average (a Poisson process); inf: all at once.",
+)
+@click.option("--input-len", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
+@click.option("--output-len", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of an answer.")
+@click.option("--max-num-seqs", type=click.IntRange(1, 1024), default=256, show_default=True, help="Run at a time.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts and arrivals.")
+@click.option("--device", default="cuda", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
+@common_options
+def latency(
+    checkpoint: str,
+    num_prompts: int,
+    request_rate: float,
+    input_len: int,
+    output_len: int,
+    max_num_seqs: int,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Time requests to CHECKPOINT as they arrive, in this process: no server is between."""
+    import numpy as np
+
+    from qoq.runtime import benchmark
+
+    check_device(device)
+    if math.isnan(request_rate):
+        raise click.BadParameter("nan, expected a number above 0, or inf", param_hint="--request-rate")
+    engine = benchmark.load(checkpoint, device, max_num_seqs, input_len, output_len)
+    generator = np.random.default_rng(seed)
+    benchmark.run_round(engine, 1, input_len, output_len, generator)  # compiles and loads what the first request needs
+    prompts = benchmark.random_prompts(num_prompts, input_len, engine.vocab_size, generator)
+    times = benchmark.arrivals(num_prompts, request_rate, generator)
+    figures = benchmark.summary(benchmark.run_arrivals(engine, prompts, times, output_len), input_len)
+    about = {
+        "backend": "qoq",
+        "device": benchmark.device_name(engine),
+        "model_id": checkpoint,
+        "num_prompts": num_prompts,
+        "request_rate": "inf" if math.isinf(request_rate) else request_rate,
+    }
+    if as_json:
+        print_json({**about, **figures})
+        return
+    for name, value in {**about, **figures}.items():
+        click.echo(f"{name:24}{value:.2f}" if isinstance(value, float) else f"{name:24}{value}")
