@@ -16,7 +16,7 @@ from qoq.errors import QoqError
 
 if TYPE_CHECKING:
     from qoq.runtime.conversation import Conversation
-    from qoq.runtime.engine import LLMEngine, RequestOutput
+    from qoq.runtime.engine import LLMEngine, Prompt, RequestOutput
     from qoq.runtime.sampler import SamplingParams
 
 ANSWER_TOKENS = 128  # of --prompt, unless told otherwise
@@ -77,12 +77,12 @@ def _answer(
 ) -> None:
     from qoq.runtime.conversation import chat_tokens
 
-    tokens = engine.tokenizer(prompt).input_ids
+    asked: Prompt = prompt
     if not raw and engine.tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system else []
-        tokens = chat_tokens(engine.tokenizer, [*messages, {"role": "user", "content": prompt}])
+        asked = chat_tokens(engine.tokenizer, [*messages, {"role": "user", "content": prompt}])
     started = time.monotonic()
-    for output in engine.stream(tokens, params):
+    for output in engine.stream(asked, params):
         if not as_json:
             click.echo(output.delta, nl=False)
     seconds = time.monotonic() - started

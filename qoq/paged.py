@@ -54,6 +54,17 @@ class Layout:
         return torch.zeros(num_pages, kv_heads, self.record_bytes, dtype=torch.uint8, device=device)
 
 
+def pack_codes(rows: QuantizedKV) -> QuantizedKV:
+    """Two codes to a byte, even dimension in the low nibble: (..., D) uint8 -> (..., D/2) uint8."""
+    return QuantizedKV(rows.codes[..., ::2] | (rows.codes[..., 1::2] << 4), rows.scale, rows.minimum)
+
+
+def unpack_codes(rows: QuantizedKV) -> QuantizedKV:
+    """The inverse of `pack_codes`."""
+    codes = torch.stack((rows.codes & 15, rows.codes >> 4), dim=-1).flatten(-2)
+    return QuantizedKV(codes, rows.scale, rows.minimum)
+
+
 @dataclass(frozen=True)
 class Side:
     """K or V of a cache, as views of its bytes."""
@@ -68,7 +79,7 @@ class Side:
             codes = x.contiguous().view(torch.uint8)
         else:
             rows = quantize_kv(x, layout.bits, clip_ratios)
-            codes = rows.codes[..., ::2] | rows.codes[..., 1::2] << 4 if layout.bits == 4 else rows.codes
+            codes = pack_codes(rows).codes if layout.bits == 4 else rows.codes
             self.grids[page, :, index] = torch.stack((rows.scale, rows.minimum), dim=-1)
         self.codes[page, :, index] = codes
 
@@ -77,9 +88,8 @@ class Side:
         codes = self.codes[page, :, index]
         if self.grids is None:
             return codes.view(torch.float16).float()
-        if layout.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-        return QuantizedKV(codes, *self.grids[page, :, index].unbind(-1)).dequantize()
+        rows = QuantizedKV(codes, *self.grids[page, :, index].unbind(-1))
+        return (unpack_codes(rows) if layout.bits == 4 else rows).dequantize()
 
 
 def sides(cache: Tensor, layout: Layout) -> tuple[Side, Side]:

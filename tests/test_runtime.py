@@ -5,9 +5,10 @@ import torch
 from conftest import VOCAB, WINDOW, relative
 
 from qoq.errors import CheckpointError
+from qoq.paged import pack_codes, unpack_codes
 from qoq.quant import quantize_kv
 from qoq.runtime import model
-from qoq.runtime.model import KVCache, greedy, pack_codes, unpack_codes
+from qoq.runtime.model import KVCache, greedy
 
 
 def some_ids(length=3 * WINDOW):

@@ -13,6 +13,7 @@ from torch import Tensor
 from qoq.checkpoint import Checkpoint
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD
 from qoq.models.decoder import Block, Decoder, packed_block, rotary_embedding, simulated_block
+from qoq.paged import pack_codes, unpack_codes
 from qoq.quant import QuantizedKV, quantize_kv
 
 
@@ -73,17 +74,6 @@ class KVCache:
         if layer == len(self.keys) - 1:
             self.length += k.shape[2]
         return _all(self.keys[layer]), _all(self.values[layer])
-
-
-def pack_codes(rows: QuantizedKV) -> QuantizedKV:
-    """Two codes to a byte, even dimension in the low nibble: (..., D) uint8 -> (..., D/2) uint8."""
-    return QuantizedKV(rows.codes[..., ::2] | (rows.codes[..., 1::2] << 4), rows.scale, rows.minimum)
-
-
-def unpack_codes(rows: QuantizedKV) -> QuantizedKV:
-    """The inverse of `pack_codes`."""
-    codes = torch.stack((rows.codes & 15, rows.codes >> 4), dim=-1).flatten(-2)
-    return QuantizedKV(codes, rows.scale, rows.minimum)
 
 
 def _all(chunks: list[QuantizedKV]) -> Tensor:
