@@ -283,8 +283,10 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise QoqError(f"device {name!r}: no CUDA device is available")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise QoqError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)  # kernels and graphs run on the current device's stream
-        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
