@@ -14,11 +14,10 @@ from qoq.errors import CheckpointError, ModelError, QoqError
 from qoq.quant import quantize_rows
 from qoq.runtime import graphs, model
 from qoq.runtime.engine import LLMEngine, RequestOutput
-from qoq.runtime.executor import Batch
 from qoq.runtime.graphs import GraphExecutor, batch_sizes
 from qoq.runtime.linear import PackedLinear, UnpackedLinear, joined_tensors
 from qoq.runtime.pages import Pages
-from qoq.runtime.sampler import Draw, SamplingParams, choose
+from qoq.runtime.sampler import Choice, Draw, SamplingParams
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
 from qoq.runtime.text_stream import TextStream
 
@@ -40,16 +39,21 @@ def loaded(checkpoint_folder):
     return LLMEngine.from_checkpoint(checkpoint_folder(), memory_bytes=1 << 20)
 
 
-def fresh(loaded, pages=40, max_num_seqs=8, max_num_batched_tokens=512):
+def fresh(loaded, pages=40, max_num_seqs=8, max_num_batched_tokens=512, ahead=False):
     """The same model with an empty cache and another scheduler."""
     loaded.executor.allocate(pages)
     scheduler = Scheduler(Pages(pages, 64), max_num_seqs, max_num_batched_tokens)
-    return LLMEngine(loaded.executor, scheduler, loaded.tokenizer, loaded.eos_token_ids, loaded.max_model_len)
+    return LLMEngine(loaded.executor, scheduler, loaded.tokenizer, loaded.eos_token_ids, loaded.max_model_len, ahead)
 
 
-@pytest.fixture
-def engine(loaded):
-    return fresh(loaded)
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def engine(loaded, request):
+    """As on a CPU, and one step ahead, as on a GPU."""
+    return fresh(loaded, ahead=request.param)
+
+
+def choose(logits, draws):
+    return Choice(logits, draws).read()
 
 
 def tokens_of(outputs):
@@ -59,10 +63,11 @@ def tokens_of(outputs):
 def hidden(engine, tokens, sizes):
     """The residual stream of all tokens, fed in chunks of these sizes."""
     request = Request("x", list(tokens), len(tokens), pages=engine.scheduler.pages.take(-(-len(tokens) // 64)))
+    request.prompt_length = sizes[0]  # what follows in chunks of one is decoded
     start, parts = 0, []
     for size in sizes:
-        batch = Batch.of([Chunk(request, start, size, False)], engine.max_pages, engine.device)
-        parts.append(engine.executor.hidden(batch))
+        batch = engine._batches.of([Chunk(request, start, size, False)])
+        parts.append(engine.executor.hidden(batch).clone())
         start += size
     assert start == len(tokens)
     return torch.cat(parts)
@@ -208,7 +213,7 @@ def test_requests_come_and_go(engine):
                 done[output.request_id] = output
     assert not engine.has_unfinished_requests() and engine.step() == []
     assert [done["a"].token_ids, done["c"].token_ids] == expected
-    assert done["b"].finish_reason == "abort" and len(done["b"].token_ids) == 5
+    assert done["b"].finish_reason == "abort" and len(done["b"].token_ids) == (4 if engine.ahead else 5)
     assert engine.scheduler.pages.free == 40
 
 
@@ -233,6 +238,7 @@ def test_a_broken_model_ends_its_request_alone(engine, monkeypatch):
     monkeypatch.setattr(engine.executor, "logits", broken)
     outputs = engine.step()
     monkeypatch.undo()
+    outputs = outputs or engine.step()
     assert [output.finish_reason for output in outputs] == [None, "error"] and "not a number" in outputs[1].error
     while engine.has_unfinished_requests():
         outputs = engine.step()
@@ -252,6 +258,23 @@ def test_outputs_add_up(engine):
     assert [max(told, key=told.get) for told in last.logprobs] == last.token_ids
     assert all(len(told) == 3 for told in last.logprobs)
     assert not engine.has_unfinished_requests()
+
+
+def test_logprobs_of_a_prompt_are_the_models(engine, loaded, checkpoint_folder):
+    """In chunks too; a prompt that was computed before is computed again for them."""
+    tokens = ids(150)
+    decoder = model.load(checkpoint_folder())
+    told = decoder(torch.tensor([tokens]), model.KVCache(2, decoder.clip_ratios))[0].log_softmax(1)
+    engine.generate([tokens], greedily(1))
+    params = SamplingParams(max_tokens=0, prompt_logprobs=2)
+    small = fresh(loaded, max_num_batched_tokens=37, ahead=engine.ahead)
+    for output in (engine.generate([tokens], params)[0], small.generate([ids(9), tokens], params)[1]):
+        assert output.token_ids == [] and output.text == "" and output.finish_reason == "length"
+        first, *others = output.prompt_logprobs
+        assert first is None and len(others) == len(tokens) - 1
+        for position, own in enumerate(others):
+            assert own[tokens[position + 1]] == pytest.approx(float(told[position, tokens[position + 1]]), abs=0.02)
+            assert max(own.values()) == pytest.approx(float(told[position].max()), abs=0.02) and len(own) in (2, 3)
 
 
 def test_a_stream_that_is_left_is_forgotten(engine):
@@ -402,7 +425,7 @@ def test_a_draw_depends_on_its_row_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0, expected a positive integer"),
+        ({"max_tokens": -1}, "max_tokens is -1, expected an integer of 0 or more"),
         ({"max_tokens": None}, "max_tokens is None"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),

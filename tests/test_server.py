@@ -213,6 +213,32 @@ def test_logprobs(client):
     assert all(entry.logprob == entry.top_logprobs[0].logprob for entry in content)
 
 
+def test_logprobs_of_an_echo(client):
+    """As lm-eval's local-completions asks for them: those of the prompt, then of one token."""
+    asked = GREEDY | {"max_tokens": 1, "logprobs": 1, "echo": True}
+    whole = client.completions.create(**asked).choices[0]
+    told, count = whole.logprobs, len(whole_ids(PROMPT)) + 1  # and the tokenizer's first token
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == count + 1
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    for own, top in list(zip(told.token_logprobs, told.top_logprobs, strict=True))[1:]:
+        assert own <= max(top.values())
+    # a prompt's token has the log-probability that it would be sampled with
+    asked["prompt"] = [256, *whole_ids(PROMPT)]
+    assert client.completions.create(**asked).choices[0].logprobs == told
+    before = asked | {"prompt": asked["prompt"][:5], "echo": False, "logprobs": 20}
+    top = client.completions.create(**before).choices[0].logprobs.top_logprobs[0]
+    name = told.tokens[5]
+    assert name not in top or top[name] == pytest.approx(told.token_logprobs[5], abs=1e-3)
+    (only,) = client.completions.create(**asked | {"max_tokens": 0}).choices
+    assert only.text.endswith(PROMPT)
+    assert only.logprobs.token_logprobs == told.token_logprobs[:-1] and only.finish_reason == "length"
+    streamed = client.completions.create(**asked, stream=True)
+    values = [
+        value for part in streamed if part.choices[0].logprobs for value in part.choices[0].logprobs.token_logprobs
+    ]
+    assert values == told.token_logprobs
+
+
 def test_what_is_served(client, served):
     assert [model.id for model in client.models.list()] == [MODEL]
     health = httpx.get(f"{served.url}/health")
@@ -263,13 +289,12 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"prompt": [[1]] * 2000}, "2000 prompts, at most 1280 can wait"),
         ({"n": 2}, "n is not supported, expected 1"),
         ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
-        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
         ({"max_tokens": "8"}, "max_tokens: Input should be a valid integer"),
         ({"temperature": -1}, "temperature is -1"),
         ({"stop": [""]}, "stop is ''"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"logprobs": 21}, "logprobs is 21"),
-        ({"echo": True, "logprobs": 1}, "logprobs of the prompt are not available"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,5 +1,6 @@
 """Text from a checkpoint: requests come and go, and every step brings each running one a token."""
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ from qoq.checkpoint import Checkpoint
 from qoq.errors import QoqError
 from qoq.kernels.attention import MAX_BATCH
 from qoq.paged import PAGE
+from qoq.runtime.batch import Batches
 from qoq.runtime.cache import layout_of, page_bytes
-from qoq.runtime.executor import Batch, Executor
+from qoq.runtime.executor import Executor
 from qoq.runtime.graphs import GraphExecutor
 from qoq.runtime.pages import Pages
-from qoq.runtime.sampler import Draw, SamplingParams, choose
+from qoq.runtime.sampler import Choice, Draw, SamplingParams, Wanted, wanted
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
-from qoq.runtime.text_stream import TextStream
+from qoq.runtime.text_stream import TextStream, push_each
 
 CPU_CACHE_BYTES = 1 << 30  # of a cache on a CPU, unless told otherwise
+LOGPROB_ROWS = 256  # of a prompt, whose logits are in memory at once
 GREEDY = SamplingParams()
 Prompt = str | Sequence[int]
 
@@ -37,6 +40,7 @@ class RequestOutput:
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     error: str | None = None
     logprobs: list[dict[int, float]] | None = None  # of each token: the likeliest, and the chosen one
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # of each token of the prompt; None for the first
 
 
 class _Running:
@@ -44,22 +48,22 @@ class _Running:
 
     def __init__(self, request: Request, params: SamplingParams, stop_ids: frozenset[int], tokenizer: Any):
         self.request, self.params, self.stop_ids = request, params, stop_ids
-        self.prompt_length = len(request.tokens)
+        self.prompt = list(request.tokens)
         self.seed = random.getrandbits(63) if params.seed is None else params.seed
         self.text = TextStream(tokenizer, params.stop)
         self.shown = 0  # characters of the text that outputs have had
+        self.ended = False
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[dict[int, float] | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(self.prompt)
 
     def draw(self) -> Draw:
-        return Draw(self.params, self.seed, len(self.request.tokens))
+        return Draw(self.params, self.seed, self.request.length)
 
-    def accept(self, token: int) -> str | None:
-        """Append a sampled token; why the request ends with it, if it does."""
-        self.request.tokens.append(token)
-        if token in self.stop_ids:
-            return "stop"
-        self.text.push(token)
-        if self.text.stopped:
+    def reason(self, token: int) -> str | None:
+        """Why the request ends with this token, its last one, if it does."""
+        if token in self.stop_ids or self.text.stopped:
             return "stop"
         return "length" if len(self.request.tokens) == self.request.limit else None
 
@@ -68,22 +72,37 @@ class _Running:
             self.text.finish()
             if self.text.stopped and finish_reason == "length":
                 finish_reason = "stop"
-        shown, tokens = self.shown, self.request.tokens
+        shown = self.shown
         self.shown = len(self.text.text) if finish_reason else self.text.safe
         return RequestOutput(
             request_id=self.request.id,
-            prompt_token_ids=tokens[: self.prompt_length],
-            token_ids=tokens[self.prompt_length :],
+            prompt_token_ids=self.prompt,
+            token_ids=self.request.tokens[len(self.prompt) :],
             text=self.text.text[: self.shown],
             delta=self.text.text[shown : self.shown],
             finish_reason=finish_reason,
             error=error,
             logprobs=None if self.logprobs is None else list(self.logprobs),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A step that the device has been given: what is sampled, and for whom."""
+
+    states: list[_Running]
+    choice: Choice | None
+    prompts: list[tuple[_Running, int, Wanted]]  # log-probabilities of prompts, from a position on
+
+
 class LLMEngine:
-    """A loaded checkpoint, its tokenizer, and the requests in progress; for one thread."""
+    """A loaded checkpoint, its tokenizer, and the requests in progress; for one thread.
+
+    On a GPU it is one step ahead: while the device computes a step, the host reads what the one before has sampled,
+    tells it, and prepares the next, whose tokens the device takes from its own memory. A request that ends with a
+    stop token or string has then been given one token too many, which nobody sees.
+    """
 
     def __init__(
         self,
@@ -92,12 +111,16 @@ class LLMEngine:
         tokenizer: Any,
         eos_token_ids: Sequence[int],
         max_model_len: int,
+        ahead: bool = False,
     ):
         self.executor, self.scheduler, self.tokenizer = executor, scheduler, tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_model_len = max_model_len
         plain = executor.executor if isinstance(executor, GraphExecutor) else executor
-        self.device, self.max_pages, self.vocab_size = plain.device, plain.max_pages, plain.spec.vocab_size
+        self.device, self.vocab_size = plain.device, plain.spec.vocab_size
+        self.ahead = ahead
+        self._batches = Batches(scheduler.max_requests, plain.max_pages, plain.device)
+        self._flight: _Flight | None = None
         self._running: dict[str, _Running] = {}
         self._aborted: list[RequestOutput] = []
         self._count = 0  # of requests that `generate` and `stream` made
@@ -153,6 +176,7 @@ class LLMEngine:
             tokenizer,
             eos_token_ids(checkpoint, tokenizer),
             min(wanted, room),
+            ahead=where.type == "cuda",
         )
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams = GREEDY) -> None:
@@ -174,7 +198,8 @@ class LLMEngine:
                 raise QoqError(f"token id {token!r} in the prompt, expected 0..{self.vocab_size - 1}")
         if len(tokens) >= self.max_model_len:
             raise QoqError(f"prompt of {len(tokens)} tokens, the model takes fewer than {self.max_model_len}")
-        request = Request(request_id, tokens, min(len(tokens) + params.max_tokens, self.max_model_len))
+        limit = min(len(tokens) + max(params.max_tokens, 1), self.max_model_len)
+        request = Request(request_id, tokens, limit, sharable=params.prompt_logprobs is None)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         self.scheduler.add(request)
         self._running[request_id] = _Running(request, params, stop_ids, self.tokenizer)
@@ -193,16 +218,10 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute once; the outputs of all requests that got a token or ended."""
         outputs, self._aborted = self._aborted, []
-        chunks = sorted(self.scheduler.schedule(), key=lambda chunk: chunk.count > 1)
-        if not chunks:
-            return outputs
-        hidden = self.executor.hidden(Batch.of(chunks, self.max_pages, self.device))
-        self.scheduler.complete(chunks)
-        last = torch.tensor([chunk.count for chunk in chunks]).cumsum(0) - 1
-        rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
-        if rows:
-            outputs += self._sample(self.executor.logits(hidden[last[rows].to(self.device)]), [chunks[r] for r in rows])
-        return outputs
+        flight = self._launch()
+        if self.ahead:
+            flight, self._flight = self._flight, flight
+        return outputs if flight is None else outputs + self._land(flight)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = GREEDY
@@ -242,23 +261,79 @@ class LLMEngine:
         finally:
             self._forget([request_id])
 
-    def _sample(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[RequestOutput]:
-        """Choose the next token of each chunk's request."""
-        states = [self._running[chunk.request.id] for chunk in chunks]
-        tokens, logprobs = choose(logits, [state.draw() for state in states])
-        outputs = []
-        for state, token, told in zip(states, tokens, logprobs, strict=True):
+    def _launch(self) -> _Flight | None:
+        """Give the device the next step, if there is anything to compute."""
+        chunks = sorted(self.scheduler.schedule(), key=lambda chunk: not chunk.decodes)
+        if not chunks:
+            return None
+        before = self._flight
+        sampled = {state.request: place for place, state in enumerate(before.states)} if before is not None else {}
+        unread = None if before is None or before.choice is None else before.choice.tokens
+        batch = self._batches.of(chunks, sampled, unread)
+        hidden = self.executor.hidden(batch)
+        self.scheduler.complete(chunks)
+        prompts = self._prompt_logprobs(chunks, hidden)
+        rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        if not rows:
+            return _Flight([], None, prompts)
+        states = [self._running[chunks[row].request.id] for row in rows]
+        last = batch.last if len(rows) == len(chunks) else batch.last[torch.tensor(rows).to(self.device)]
+        choice = Choice(self.executor.logits(hidden[last]), [state.draw() for state in states])
+        for state in states:
+            state.request.pending += 1
+        return _Flight(states, choice, prompts)
+
+    def _prompt_logprobs(self, chunks: Sequence[Chunk], hidden: torch.Tensor) -> list[tuple[_Running, int, Wanted]]:
+        """Of the prompts' tokens behind those of the chunks, for requests that want them."""
+        found, first = [], 0
+        for chunk in chunks:
+            state = self._running[chunk.request.id]
+            count = state.params.prompt_logprobs
+            if count is not None:
+                end = min(chunk.start + chunk.count, len(state.prompt) - 1)
+                for start in range(chunk.start, end, LOGPROB_ROWS):
+                    stop = min(start + LOGPROB_ROWS, end)
+                    logits = self.executor.logits(hidden[first + start - chunk.start : first + stop - chunk.start])
+                    tokens = torch.tensor(state.prompt[start + 1 : stop + 1]).to(self.device)
+                    rows = list(range(start + 1, stop + 1))
+                    found.append((state, start + 1, wanted(logits, tokens, rows, [count] * len(rows))))
+            first += chunk.count
+        return found
+
+    def _land(self, flight: _Flight) -> list[RequestOutput]:
+        """Wait for a step; what its requests have got."""
+        outputs: list[RequestOutput] = []
+        tokens, logprobs = flight.choice.read() if flight.choice is not None else ([], [])
+        alive = []
+        for state, token, told in zip(flight.states, tokens, logprobs, strict=True):
+            state.request.pending -= 1
+            if not state.ended:
+                alive.append((state, token, told))
+        for state, start, known in flight.prompts:
+            if state.prompt_logprobs is not None:
+                stop = start + len(known.rows)
+                state.prompt_logprobs[start:stop] = known.read(state.prompt[start:stop])
+        texts = []
+        for state, token, told in alive:
+            if token < 0 or state.params.max_tokens == 0:
+                continue
+            state.request.tokens.append(token)
+            if state.logprobs is not None and told is not None:
+                state.logprobs.append(told)
+            if token not in state.stop_ids:
+                texts.append((state.text, token))
+        push_each([text for text, _ in texts], [token for _, token in texts])
+        for state, token, _ in alive:
             if token < 0:
                 outputs.append(self._end(state, "error", "the model's output is not a number"))
                 continue
-            if state.logprobs is not None and told is not None:
-                state.logprobs.append(told)
-            reason = state.accept(token)
+            reason = state.reason(token) if state.params.max_tokens > 0 else "length"
             outputs.append(state.output() if reason is None else self._end(state, reason))
         return outputs
 
     def _end(self, state: _Running, reason: str, error: str | None = None) -> RequestOutput:
         self.scheduler.remove(state.request)
+        state.ended = True
         del self._running[state.request.id]
         return state.output(reason, error)
 
@@ -298,25 +373,23 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 def _free_bytes(executor: Executor, max_requests: int, max_tokens: int, utilization: float) -> int:
     """What a GPU has left for the cache beside the weights and the largest step, which is run to see what it takes.
 
-    The step is the end of a sequence of the greatest length, all of whose pages are one.
+    That step is the end of several sequences of the greatest length, all of whose pages are one.
     """
     device = executor.device
     executor.allocate(1)
+    batches = Batches(max_requests, executor.max_pages, device)
     context = executor.max_pages * PAGE
-    count = max(2, min(max_tokens, context))
-    batch = Batch(
-        ids=torch.zeros(count, dtype=torch.int64, device=device),
-        positions=torch.zeros(count, dtype=torch.int64, device=device),
-        slots=torch.full((count,), -1, dtype=torch.int64, device=device),
-        block_tables=torch.zeros(1, executor.max_pages, dtype=torch.int32, device=device),
-        context_lens=torch.tensor([context], dtype=torch.int32, device=device),
-        spans=torch.tensor([[0, context]], dtype=torch.int32, device=device),
-        prefills=((count, context),),
-    )
+    sequences = min(-(-batches.gathered // context), max_requests, max_tokens)
+    chunks = []
+    for number in range(sequences):
+        count = 1 if number else max(1, min(max_tokens - sequences + 1, context))
+        request = Request(str(number), [0] * context, context + 1, pages=[0] * executor.max_pages)
+        chunks.append(Chunk(request, context - count, count, True))
+    batch = dataclasses.replace(batches.of(chunks), slots=torch.full_like(batches.of(chunks).slots, -1))
     torch.cuda.reset_peak_memory_stats(device)
     hidden = executor.hidden(batch)
-    logits = executor.logits(hidden[torch.arange(max_requests, device=device) % count])
-    choose(logits, [Draw(SamplingParams(logprobs=1), 0, 0)] * max_requests)
+    logits = executor.logits(hidden[torch.arange(max_requests, device=device) % len(hidden)])
+    Choice(logits, [Draw(SamplingParams(logprobs=1), 0, 0)] * max_requests).read()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     del hidden, logits

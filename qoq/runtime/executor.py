@@ -4,10 +4,8 @@ Attention always sees the quantized cache: a token's K and V are stored before i
 prefill in chunks, decode and the reuse of another request's pages compute one function.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,52 +26,9 @@ from qoq.kernels.attention import Workspace
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
 from qoq.models.decoder import KVTransform, Rope, rotary_embedding, visible
 from qoq.paged import PAGE, HeadNorms, rope_tables
+from qoq.runtime.batch import Batch, Prefill
 from qoq.runtime.cache import PagedCache, layout_of
 from qoq.runtime.linear import Linear, load_linear
-from qoq.runtime.scheduler import Chunk
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The tokens of a step, sequence by sequence: those with one token (decode) before those with more (prefill)."""
-
-    ids: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64
-    slots: Tensor  # (T,) int64
-    block_tables: Tensor  # (S, max_pages) int32
-    context_lens: Tensor  # (S,) int32: tokens that a sequence's last token sees, itself included
-    spans: Tensor  # (P, 2) int32: 0 and the context of each prefill
-    prefills: tuple[tuple[int, int], ...]  # new tokens and context of each prefill, on the host
-
-    @property
-    def decodes(self) -> int:
-        return len(self.context_lens) - len(self.prefills)
-
-    @staticmethod
-    def of(chunks: Sequence[Chunk], max_pages: int, device: torch.device) -> "Batch":
-        """Of chunks in this order, those with one token first."""
-        tables = np.zeros((len(chunks), max_pages), dtype=np.int32)
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for row, chunk in enumerate(chunks):
-            pages, new = chunk.request.pages, range(chunk.start, chunk.start + chunk.count)
-            tables[row, : len(pages)] = pages
-            ids += chunk.request.tokens[new.start : new.stop]
-            positions += new
-            slots += [pages[position // PAGE] * PAGE + position % PAGE for position in new]
-        contexts = [chunk.start + chunk.count for chunk in chunks]
-        prefills = tuple((chunk.count, end) for chunk, end in zip(chunks, contexts, strict=True) if chunk.count > 1)
-        tokens = torch.tensor([ids, positions, slots]).to(device)
-        return Batch(
-            ids=tokens[0],
-            positions=tokens[1],
-            slots=tokens[2],
-            block_tables=torch.from_numpy(tables).to(device),
-            context_lens=torch.tensor(contexts, dtype=torch.int32).to(device),
-            spans=torch.tensor([(0, end) for _, end in prefills], dtype=torch.int32).view(-1, 2).to(device),
-            prefills=prefills,
-        )
 
 
 @dataclass(frozen=True)
@@ -155,33 +110,53 @@ class Executor:
             parts.append(
                 kv4_decode(q[:decodes], cache, layout, tables, contexts, scale, layer.window, v_offset, self.workspace)
             )
-        first = decodes
-        for row, (count, context) in enumerate(batch.prefills):
-            table = batch.block_tables[decodes + row : decodes + row + 1]
+        for prefill in batch.prefills:
+            tables, starts, own = batch.block_tables[prefill.sequences], prefill.context_starts, q[prefill.tokens]
             if q.is_cuda:
-                k, v = kv4_gather(cache, layout, table, batch.spans[row], context, v_offset)
+                k, v = kv4_gather(cache, layout, tables, starts, sum(prefill.contexts), v_offset)
+                parts.append(flash_attention(own, k, v, prefill, layer.window))
             else:  # not rounded, as decode attention there
-                k, v = paged.gather(cache, layout, table, batch.spans[row], v_offset)
-            parts.append(attention(q[first : first + count], k, v, layer.window))
-            first += count
+                k, v = paged.gather(cache, layout, tables, starts, v_offset)
+                parts.append(attention(own, k, v, prefill, layer.window))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of q (n, Hq, D), the last n of m tokens, over k and v (m, Hkv, D) -> (n, Hq, D) float16.
+def attention(q: Tensor, k: Tensor, v: Tensor, prefill: Prefill, window: int | None) -> Tensor:
+    """Causal attention of each sequence's new tokens, the last ones of its context, in float64.
 
-    On a CPU it is computed in float64, as the specification of decode attention is.
+    q (new tokens, Hq, D), k and v (tokens of all contexts, Hkv, D) -> (new tokens, Hq, D) float16.
     """
-    n, m = len(q), len(k)
-    wide = q.dtype if q.is_cuda else torch.float64
-    q, k, v = (x.to(wide).transpose(0, 1)[None] for x in (q, k, v))
-    if window is None or m <= window:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, m), enable_gqa=True)
-    else:  # kernels that take a mask do not take groups of queries
-        seen, group = min(m, n + window - 1), q.shape[1] // k.shape[1]
-        k, v = (x[:, :, m - seen :].repeat_interleave(group, dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(n, seen, window, q.device))
-    return out[0].transpose(0, 1).to(torch.float16)
+    outs = []
+    for parts in zip(q.split(prefill.new), k.split(prefill.contexts), v.split(prefill.contexts), strict=True):
+        own, keys, values = (x.double().transpose(0, 1)[None] for x in parts)
+        n, m = own.shape[2], keys.shape[2]
+        mask = causal_lower_right(n, m) if window is None or m <= window else visible(n, m, window, q.device)
+        out = F.scaled_dot_product_attention(own, keys, values, attn_mask=mask, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1).to(torch.float16))
+    return torch.cat(outs)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, prefill: Prefill, window: int | None) -> Tensor:
+    """As `attention`, in float16 on a GPU. A token's result does not depend on the chunk that it is in.
+
+    That is so because the kernel for sequences of various lengths takes a token's keys in an order of their own
+    places, and never in parts, as the one for decode does, which it would call for chunks of one token.
+    """
+    out = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        prefill.new_starts,
+        prefill.context_starts,
+        max(*prefill.new, 2),
+        max(prefill.contexts),
+        0.0,
+        True,
+        False,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )
+    return out[0]
 
 
 def load_layer(checkpoint: Checkpoint, index: int, device: torch.device) -> Layer:

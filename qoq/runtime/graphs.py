@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from qoq.kernels.gemm import workspace
-from qoq.runtime.executor import Batch, Executor
+from qoq.runtime.batch import Batch
+from qoq.runtime.executor import Executor
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -34,7 +35,8 @@ class GraphExecutor:
             slots=torch.full((max_requests,), -1, dtype=torch.int64, device=device),
             block_tables=torch.zeros(max_requests, executor.max_pages, dtype=torch.int32, device=device),
             context_lens=torch.zeros(max_requests, dtype=torch.int32, device=device),
-            spans=torch.zeros(0, 2, dtype=torch.int32, device=device),
+            last=torch.arange(max_requests, device=device),
+            decodes=max_requests,
             prefills=(),
         )
         self.out = torch.zeros(max_requests, hidden, dtype=torch.float16, device=device)
@@ -68,7 +70,8 @@ class GraphExecutor:
             own.slots[:size],
             own.block_tables[:size],
             own.context_lens[:size],
-            own.spans,
+            own.last[:size],
+            size,
             (),
         )
 

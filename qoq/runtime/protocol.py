@@ -73,7 +73,7 @@ class Sampling(BaseModel):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def params(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
         """As the engine takes them; `max_tokens` is the default.
 
         Raises:
@@ -85,7 +85,8 @@ class Sampling(BaseModel):
             if (value := getattr(self, name)) is not None
         }
         temperature = 1.0 if self.temperature is None else self.temperature
-        return SamplingParams(**{"max_tokens": max_tokens, **given}, temperature=temperature, logprobs=logprobs)
+        told = {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        return SamplingParams(**{"max_tokens": max_tokens, **given, **told}, temperature=temperature)
 
 
 class CompletionRequest(Sampling):
@@ -163,7 +164,7 @@ class Reply:
         self.chat, self.tokenizer, self.starts = chat, tokenizer, starts  # starts: echoed prompts, or empty strings
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._model, self._created = model, int(time.time())
-        self._told = [0] * len(starts)  # tokens whose log-probabilities were sent
+        self._told = [0] * len(starts)  # tokens whose log-probabilities were sent, echoed ones included
         self._offset = [0] * len(starts)  # characters of these
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -208,21 +209,30 @@ class Reply:
 
     def _logprobs(self, index: int, output: RequestOutput) -> dict[str, Any]:
         """Of the tokens that were not told yet."""
-        begin, self._told[index] = self._told[index], len(output.token_ids)
-        tokens, told = output.token_ids[begin:], (output.logprobs or [])[begin:]
+        tokens: list[int] = output.token_ids
+        told: list[dict[int, float] | None] = [*(output.logprobs or [])]
+        if output.prompt_logprobs is not None:  # echoed
+            tokens, told = output.prompt_token_ids + tokens, output.prompt_logprobs + told
+        begin, self._told[index] = self._told[index], len(tokens)
+        tokens, told = tokens[begin:], told[begin:]
         if self.chat:
-            return {"content": [self._content(token, own) for token, own in zip(tokens, told, strict=True)]}
+            return {"content": [self._content(token, own or {}) for token, own in zip(tokens, told, strict=True)]}
         names, offsets = [self._name(token) for token in tokens], []
         for name in names:
             offsets.append(self._offset[index])
             self._offset[index] += len(name)
-        tops: list[dict[str, float]] = []
+        values: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
         for token, own in zip(tokens, told, strict=True):
+            if own is None:  # the first token of all follows nothing
+                values.append(None)
+                tops.append(None)
+                continue
+            values.append(_finite(own[token]))
             top = {self._name(token): _finite(own[token])}
             for other, value in own.items():
                 top.setdefault(self._name(other), _finite(value))  # parts of characters share a name
             tops.append(top)
-        values = [_finite(own[token]) for token, own in zip(tokens, told, strict=True)]
         return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _content(self, token: int, own: dict[int, float]) -> dict[str, Any]:

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qoq.errors import QoqError
 from qoq.kernels import sample
+from qoq.runtime.batch import to_device
 
 MAX_LOGPROBS = 20
 INT32, INT64 = 2**31, 2**63
@@ -22,7 +24,7 @@ class SamplingParams:
         QoqError: a value of the wrong type, or out of range.
     """
 
-    max_tokens: int = 128
+    max_tokens: int = 128  # 0: nothing but what is asked of the prompt
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # off unless positive
     top_p: float = 1.0
@@ -32,6 +34,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many likeliest tokens to tell, besides the chosen one
+    prompt_logprobs: int | None = None  # the same of the prompt's own tokens, of which the first has none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
@@ -39,7 +42,7 @@ class SamplingParams:
             value = getattr(self, name)
             _expect(name, value, isinstance(value, (list, tuple)), "a list")
             object.__setattr__(self, name, tuple(value))
-        _expect("max_tokens", self.max_tokens, _is_int(self.max_tokens, 1), "a positive integer")
+        _expect("max_tokens", self.max_tokens, _is_int(self.max_tokens, 0), "an integer of 0 or more")
         _expect("temperature", self.temperature, _is_float(self.temperature, math.inf), "a number of 0 or more")
         _expect("top_k", self.top_k, _is_int(self.top_k, -1), "an integer, 0 for off")
         _expect("top_p", self.top_p, _is_float(self.top_p, 1) and self.top_p > 0, "a number above 0, up to 1")
@@ -50,8 +53,10 @@ class SamplingParams:
         for token in self.stop_token_ids:
             _expect("stop_token_ids", token, _is_int(token, 0), "token ids")
         _expect("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "true or false")
-        known = self.logprobs is None or _is_int(self.logprobs, 0, MAX_LOGPROBS + 1)
-        _expect("logprobs", self.logprobs, known, f"an integer from 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            known = value is None or _is_int(value, 0, MAX_LOGPROBS + 1)
+            _expect(name, value, known, f"an integer from 0 to {MAX_LOGPROBS}")
 
 
 def _expect(name: str, value: object, right: bool, expected: str) -> None:
@@ -77,24 +82,87 @@ class Draw:
     position: int  # of the token to be chosen, in its request
 
 
-def choose(logits: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[dict[int, float] | None]]:
-    """logits (B, vocabulary) float16 or float32 -> a token for each row, and log-probabilities where they are wanted.
+@dataclass(frozen=True)
+class Wanted:
+    """Log-probabilities of rows that are on their way from the device."""
 
-    A row of NaN gives -1. Log-probabilities are those of the model, before temperature and cuts, likeliest first.
+    rows: list[int]
+    counts: list[int]  # how many of the likeliest each row wants
+    chosen: Tensor  # (R,) float32, of the row's own token
+    values: Tensor  # (R, n) float32, likeliest first
+    ids: Tensor  # (R, n) int64
+
+    def read(self, tokens: Sequence[int]) -> list[dict[int, float]]:
+        """Of each row, the likeliest tokens and its own."""
+        columns = self.counts, self.chosen.tolist(), self.values.tolist(), self.ids.tolist()
+        return [
+            dict(zip(ids[:count], values[:count], strict=True)) | {token: own}
+            for token, count, own, values, ids in zip(tokens, *columns, strict=True)
+        ]
+
+
+class Choice:
+    """A token for each row of logits, chosen on the device; the host may read it later.
+
+    A row of NaN gives -1. Log-probabilities are those of the model, before temperature and cuts.
     """
-    device, params = logits.device, [draw.params for draw in draws]
-    floats = torch.tensor([[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]])
-    keys = torch.tensor([[draw.seed for draw in draws], [draw.position for draw in draws]]).to(device)
-    temperature, top_p, min_p = floats.float().to(device)
-    top_k = torch.tensor([p.top_k for p in params], dtype=torch.int32).to(device)
-    tokens = sample(logits, temperature, top_k, top_p, min_p, keys[0], keys[1]).tolist()
-    logprobs: list[dict[int, float] | None] = [None] * len(draws)
-    rows = [row for row, p in enumerate(params) if p.logprobs is not None and tokens[row] >= 0]
-    if rows:
-        told = logits[rows].float().log_softmax(dim=1)
-        best = told.topk(min(max(p.logprobs or 0 for p in params), told.shape[1]), dim=1)
-        chosen = told.gather(1, torch.tensor([[tokens[row]] for row in rows], device=device))[:, 0].tolist()
-        for row, own, values, ids in zip(rows, chosen, best.values.tolist(), best.indices.tolist(), strict=True):
-            count = params[row].logprobs
-            logprobs[row] = dict(zip(ids[:count], values[:count], strict=True)) | {tokens[row]: own}
-    return tokens, logprobs
+
+    def __init__(self, logits: Tensor, draws: Sequence[Draw]):
+        """logits (B, vocabulary) float16 or float32."""
+        device, params = logits.device, [draw.params for draw in draws]
+        floats, top_k, keys = to_device(
+            [
+                np.array(
+                    [[getattr(p, name) for p in params] for name in ("temperature", "top_p", "min_p")], np.float32
+                ),
+                np.array([p.top_k for p in params], np.int32),
+                np.array([[draw.seed for draw in draws], [draw.position for draw in draws]], np.int64),
+            ],
+            device,
+        )
+        temperature, top_p, min_p = floats
+        self.tokens = sample(logits, temperature, top_k, top_p, min_p, keys[0], keys[1])  # (B,) int64
+        rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+        self._wanted = None
+        if rows:
+            there = logits if len(rows) == len(draws) else logits[torch.tensor(rows, device=device)]
+            own = self.tokens if len(rows) == len(draws) else self.tokens[torch.tensor(rows, device=device)]
+            self._wanted = wanted(there, own.clamp_min(0), rows, [params[row].logprobs or 0 for row in rows])
+        self._host = to_host(self.tokens)
+        self._done = event(device)
+
+    def read(self) -> tuple[list[int], list[dict[int, float] | None]]:
+        """Wait for the tokens: one for each row, and log-probabilities where they are wanted."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens = self._host.tolist()
+        logprobs: list[dict[int, float] | None] = [None] * len(tokens)
+        if self._wanted is not None:
+            rows = self._wanted.rows
+            for row, told in zip(rows, self._wanted.read([tokens[row] for row in rows]), strict=True):
+                logprobs[row] = told if tokens[row] >= 0 else None
+        return tokens, logprobs
+
+
+def wanted(logits: Tensor, tokens: Tensor, rows: list[int], counts: list[int]) -> Wanted:
+    """Log-probabilities of logits (R, vocabulary): of the tokens (R,) and of the `counts` likeliest; not awaited."""
+    told = logits.float().log_softmax(dim=1)
+    best = told.topk(min(max(counts), told.shape[1]), dim=1)
+    chosen = told.gather(1, tokens[:, None])[:, 0]
+    return Wanted(rows, counts, to_host(chosen), to_host(best.values), to_host(best.indices))
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy on the host, to be read once what is queued on the device's stream by now is done."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def event(device: torch.device) -> torch.cuda.Event | None:
+    """To wait for what is queued on the device's stream by now; None where nothing is ever queued."""
+    if device.type == "cpu":
+        return None
+    done = torch.cuda.Event()
+    done.record()
+    return done

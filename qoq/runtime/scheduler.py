@@ -22,9 +22,21 @@ class Request:
     id: str
     tokens: list[int]
     limit: int  # tokens it will never have more of
-    computed: int = 0  # the first so many tokens have their K and V in the cache
+    sharable: bool = True  # it may begin after pages that others have computed
+    pending: int = 0  # tokens that a step under way samples: they count, but nobody has read them yet
+    computed: int = 0  # the first so many tokens have their K and V in the cache, or will when the steps under way end
     pages: list[int] = field(default_factory=list)
+    named: int = 0  # the first so many of these can be found by others
     names: list[bytes] = field(default_factory=list)  # of the full pages, as far as they were needed
+    prompt_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Its tokens, pending ones included."""
+        return len(self.tokens) + self.pending
 
     def full_pages(self, count: int, size: int) -> list[bytes]:
         """Names of at least the first `count` pages of `size` tokens, all of them full."""
@@ -42,6 +54,11 @@ class Chunk:
     start: int
     count: int
     samples: bool  # it reaches the last token, whose successor is wanted
+
+    @property
+    def decodes(self) -> bool:
+        """It is one sampled token. A token of a prompt never is: what is computed for it does not depend on chunks."""
+        return self.count == 1 and self.start >= self.request.prompt_length
 
 
 class Scheduler:
@@ -71,12 +88,18 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[Chunk]:
-        """What the next step computes; `complete` must follow. Not empty while there are requests."""
+        """What the next step computes; `complete` must follow.
+
+        A request whose pending token is its last one waits for its end. While there are others, it is not empty.
+        """
         chunks: list[Chunk] = []
         budget, turn = self.max_tokens, 0
         while turn < len(self.running) and budget > 0:
             request = self.running[turn]
-            count = min(len(request.tokens) - request.computed, budget)
+            if request.length == request.limit:
+                turn += 1
+                continue
+            count = min(request.length - request.computed, budget)
             while not self._grow(request, request.computed + count):
                 if self._preempt() is request:
                     break
@@ -86,20 +109,18 @@ class Scheduler:
                 turn += 1
         while self.waiting and budget > 0 and len(self.running) < self.max_requests:
             request = self.waiting[0]
-            if not self._admit(request):
+            if request.length == request.limit or not self._admit(request):
                 break
-            count = min(len(request.tokens) - request.computed, budget)
+            count = min(request.length - request.computed, budget)
             chunks.append(self._chunk(request, count))
             budget -= count
         return chunks
 
     def complete(self, chunks: list[Chunk]) -> None:
-        """The step has computed these chunks; their full pages can be shared from now on."""
+        """The step that computes these chunks has begun: later ones may see them, and share their full pages."""
         for chunk in chunks:
-            request, size = chunk.request, self.pages.size
-            before, request.computed = chunk.start // size, chunk.start + chunk.count
-            for page in range(before, request.computed // size):
-                self.pages.name(request.pages[page], request.full_pages(page + 1, size)[page])
+            chunk.request.computed = chunk.start + chunk.count
+            self._name(chunk.request)
 
     def remove(self, request: Request) -> None:
         """A request has ended, or shall."""
@@ -107,10 +128,19 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
+        self._name(request)
         self._give_up_pages(request)
 
+    def _name(self, request: Request) -> None:
+        """Let others find the full pages of what is computed and known."""
+        size = self.pages.size
+        full = min(request.computed, len(request.tokens)) // size
+        for page in range(request.named, full):
+            self.pages.name(request.pages[page], request.full_pages(page + 1, size)[page])
+        request.named = max(request.named, full)
+
     def _chunk(self, request: Request, count: int) -> Chunk:
-        return Chunk(request, request.computed, count, request.computed + count == len(request.tokens))
+        return Chunk(request, request.computed, count, request.computed + count == request.length)
 
     def _grow(self, request: Request, tokens: int) -> bool:
         """Whether its pages now hold so many tokens."""
@@ -123,11 +153,12 @@ class Scheduler:
 
         Shared pages never hold all tokens: the last one has to be computed, for its successor.
         """
-        size, sharable = self.pages.size, (len(request.tokens) - 1) // self.pages.size
+        size = self.pages.size
+        sharable = (len(request.tokens) - 1) // size if request.sharable else 0
         shared = self.pages.find(request.full_pages(sharable, size)[:sharable])
         self.pages.share(shared)
-        request.pages, request.computed = shared, len(shared) * size
-        if not self._grow(request, len(request.tokens)):
+        request.pages, request.computed, request.named = shared, len(shared) * size, len(shared)
+        if not self._grow(request, request.length):
             self._give_up_pages(request)
             return False
         self.running.append(self.waiting.popleft())
@@ -141,4 +172,4 @@ class Scheduler:
 
     def _give_up_pages(self, request: Request) -> None:
         self.pages.release(request.pages)
-        request.pages, request.computed = [], 0
+        request.pages, request.computed, request.named = [], 0, 0

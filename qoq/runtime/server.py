@@ -89,9 +89,8 @@ class _Server:
     async def completions(self, request: Request) -> Response:
         asked = read(CompletionRequest, await _body(request))
         self._check_model(asked)
-        prompts, params = asked.prompts(), asked.params(COMPLETION_TOKENS, asked.logprobs)
-        if asked.echo and asked.logprobs is not None:
-            raise ApiError(400, "logprobs of the prompt are not available: expected echo or logprobs, not both", "echo")
+        prompts = asked.prompts()
+        params = asked.params(COMPLETION_TOKENS, asked.logprobs, asked.logprobs if asked.echo else None)
         starts = [""] * len(prompts)
         if asked.echo:
             starts = await self._tokenizing(lambda: [self._text(prompt) for prompt in prompts])

@@ -22,15 +22,11 @@ class TextStream:
 
     def push(self, token: int) -> None:
         """One more token."""
-        self._ids.append(token)
-        before, after = (self._decode(self._ids[self._previous : end]) for end in (self._read, len(self._ids)))
-        if len(after) > len(before) and not after.endswith(BROKEN):
-            self._previous, self._read = self._read, len(self._ids)
-            self._extend(after[len(before) :])
+        push_each([self], [token])
 
     def finish(self) -> None:
         """No more tokens come: add what was kept back, without a character that was never finished."""
-        before, after = (self._decode(self._ids[self._previous : end]) for end in (self._read, len(self._ids)))
+        before, after = decode_each(self.tokenizer, self._pieces())
         self._previous = self._read = len(self._ids)
         self._extend(after[len(before) :].rstrip(BROKEN))
 
@@ -45,11 +41,15 @@ class TextStream:
         )
         return len(self.text) if self.stopped else len(self.text) - max(lengths, default=0)
 
-    def _decode(self, ids: list[int]) -> str:
-        fast = getattr(self.tokenizer, "backend_tokenizer", None)  # its wrapper takes ten times as long
-        if fast is not None:
-            return fast.decode(ids, skip_special_tokens=True)
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _pieces(self) -> tuple[list[int], list[int]]:
+        """The last piece of the text, and that with what came since."""
+        return self._ids[self._previous : self._read], self._ids[self._previous :]
+
+    def _take(self, before: str, after: str) -> None:
+        """The texts of `_pieces`."""
+        if len(after) > len(before) and not after.endswith(BROKEN):
+            self._previous, self._read = self._read, len(self._ids)
+            self._extend(after[len(before) :])
 
     def _extend(self, piece: str) -> None:
         if self.stopped or not piece:
@@ -59,3 +59,24 @@ class TextStream:
         ends = [end for stop in self.stop if (end := self.text.find(stop, start)) >= 0]
         if ends:
             self.text, self.stopped = self.text[: min(ends)], True
+
+
+def push_each(streams: Sequence[TextStream], tokens: Sequence[int]) -> None:
+    """One more token for each of these streams, which have one tokenizer, in one call of it."""
+    if not streams:
+        return
+    pieces: list[list[int]] = []
+    for stream, token in zip(streams, tokens, strict=True):
+        stream._ids.append(token)
+        pieces += stream._pieces()
+    texts = decode_each(streams[0].tokenizer, pieces)
+    for number, stream in enumerate(streams):
+        stream._take(texts[2 * number], texts[2 * number + 1])
+
+
+def decode_each(tokenizer: Any, pieces: Sequence[list[int]]) -> list[str]:
+    """The text of each list of tokens."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)  # its wrapper takes ten times as long
+    if fast is not None:
+        return fast.decode_batch(pieces, skip_special_tokens=True)
+    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in pieces]

@@ -1,0 +1,151 @@
+"""What one step computes, as tensors: the tokens of all its sequences, one behind the other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qoq.paged import PAGE
+from qoq.runtime.scheduler import Chunk, Request
+
+GATHERED_TOKENS = 16384  # whose keys and values prefill attention unpacks at once, at least
+ALIGNMENT = 16  # bytes
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Neighbouring sequences of a batch whose attention is computed at once."""
+
+    sequences: slice  # of the batch's block tables
+    tokens: slice  # of the batch's tokens
+    new: tuple[int, ...]  # tokens of each, on the host
+    contexts: tuple[int, ...]  # tokens that the last of them sees, itself included
+    new_starts: Tensor  # (sequences + 1,) int32: 0, and the sums of `new`
+    context_starts: Tensor  # (sequences + 1,) int32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of a step: one of each sequence in decode, then the chunks of those in prefill."""
+
+    ids: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64
+    slots: Tensor  # (T,) int64
+    block_tables: Tensor  # (S, max_pages) int32
+    context_lens: Tensor  # (S,) int32: tokens that a sequence's last token sees, itself included
+    last: Tensor  # (S,) int64: the last token of each sequence, as an index
+    decodes: int
+    prefills: tuple[Prefill, ...]
+
+
+class Batches:
+    """Makes the batches of an executor; between steps it remembers the block tables.
+
+    Args:
+        max_requests: sequences of one step.
+        max_pages: of a sequence.
+    """
+
+    def __init__(self, max_requests: int, max_pages: int, device: torch.device):
+        self.device = device
+        self.tables = np.zeros((max_requests, max_pages), dtype=np.int32)
+        self.rows: list[tuple[list[int], int]] = [([], 0)] * max_requests  # the list in each row and its length then
+        self.gathered = max(max_pages * PAGE, GATHERED_TOKENS)
+
+    def of(self, chunks: Sequence[Chunk], sampled: Mapping[Request, int] = {}, tokens: Tensor | None = None) -> Batch:
+        """The batch of chunks in this order, decodes first.
+
+        Args:
+            sampled: of each request whose last token nobody has read yet, where it is in `tokens`.
+            tokens: (n,) int64 on the device.
+        """
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        unread: list[tuple[int, int]] = []
+        for row, chunk in enumerate(chunks):
+            request, start, end = chunk.request, chunk.start, chunk.start + chunk.count
+            self._write(row, request.pages)
+            if chunk.count == 1:
+                positions.append(start)
+                slots.append(request.pages[start // PAGE] * PAGE + start % PAGE)
+            else:
+                positions += range(start, end)
+                slots += [request.pages[position // PAGE] * PAGE + position % PAGE for position in range(start, end)]
+            ids += request.tokens[start:end]
+            if len(ids) < len(positions):
+                unread.append((len(ids), sampled[request]))
+                ids.append(0)
+        counts = np.array([chunk.count for chunk in chunks], dtype=np.int64)
+        contexts = counts + np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        decodes = sum(chunk.decodes for chunk in chunks)
+        groups = self._groups(contexts[decodes:].tolist(), decodes)
+        starts = [_starts(values[group]) for group in groups for values in (counts, contexts)]
+        staged = to_device(
+            [
+                np.array((ids, positions, slots), dtype=np.int64),
+                np.array(unread, dtype=np.int64).reshape(-1, 2).T,
+                counts.cumsum() - 1,
+                self.tables[: len(chunks)],
+                contexts.astype(np.int32),
+                *starts,
+            ],
+            self.device,
+        )
+        (own_ids, own_positions, own_slots), (places, sources), last, tables, context_lens, *starts_there = staged
+        if unread:
+            assert tokens is not None
+            own_ids.index_copy_(0, places, tokens.index_select(0, sources).clamp_min(0))  # -1: nothing could be chosen
+        begins = [0, *counts.cumsum().tolist()]
+        prefills = (
+            Prefill(
+                sequences=group,
+                tokens=slice(begins[group.start], begins[group.stop]),
+                new=tuple(counts[group].tolist()),
+                contexts=tuple(contexts[group].tolist()),
+                new_starts=starts_there[2 * number],
+                context_starts=starts_there[2 * number + 1],
+            )
+            for number, group in enumerate(groups)
+        )
+        return Batch(own_ids, own_positions, own_slots, tables, context_lens, last, decodes, tuple(prefills))
+
+    def _write(self, row: int, pages: list[int]) -> None:
+        """A request's list of pages only grows while it is the same list."""
+        known, count = self.rows[row]
+        if known is not pages or count != len(pages):
+            begin = count if known is pages else 0
+            self.tables[row, begin : len(pages)] = pages[begin:]
+            self.rows[row] = pages, len(pages)
+
+    def _groups(self, contexts: list[int], first: int) -> list[slice]:
+        """Sequences from `first` on, in groups whose contexts are not more than `gathered` together."""
+        groups, begin, total = [], first, 0
+        for row, context in enumerate(contexts, first):
+            if total and total + context > self.gathered:
+                groups.append(slice(begin, row))
+                begin, total = row, 0
+            total += context
+        return [*groups, slice(begin, first + len(contexts))] if contexts else []
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], lengths.cumsum())).astype(np.int32)
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays as tensors on a device: in one copy, for which the host does not wait."""
+    arrays = [np.ascontiguousarray(array) for array in arrays]
+    if device.type == "cpu":
+        return [torch.from_numpy(array.copy()) for array in arrays]
+    ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]).tolist()
+    places = [slice(begin, begin + array.nbytes) for begin, array in zip([0, *ends], arrays, strict=False)]
+    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)  # kept by torch until it is copied
+    view = host.numpy()
+    for place, array in zip(places, arrays, strict=True):
+        view[place] = array.reshape(-1).view(np.uint8)
+    there = host.to(device, non_blocking=True)
+    dtypes = [torch.from_numpy(array[:0]).dtype for array in arrays]
+    return [there[p].view(dtype).view(array.shape) for p, dtype, array in zip(places, dtypes, arrays, strict=True)]
