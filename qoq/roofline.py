@@ -1,4 +1,5 @@
-"""What a card allows a W4A8KV4 model: the least times of a decode step and of a prefill, from counts alone.
+"""What a card allows a W4A8KV4 model, or the same in FP16: the least times of a decode step and of a prefill, from
+counts alone.
 
 Each part of a model takes as long as its bytes need to move or its operations to be computed, whichever is more; parts
 do not overlap. `DataSheet.ideal` counts at the rates of the data sheet and leaves out elementwise passes and launches;
@@ -169,8 +170,10 @@ def weight_bytes(n: int, k: int, group_size: int) -> int:
     return n * k // 2 + 2 * n + (2 * n if group_size == -1 else 2 * n * (k // group_size))
 
 
-def linear_bytes(model: Dimensions, group_size: int = 128) -> int:
-    """Of the packed weights of all layers."""
+def linear_bytes(model: Dimensions, group_size: int = 128, precision: str = "w4a8") -> int:
+    """Of the weights of all layers: packed, or float16."""
+    if precision == "fp16":
+        return 2 * model.linear_parameters()
     return model.num_layers * sum(weight_bytes(n, k, group_size) for n, k in model.linears().values())
 
 
@@ -187,16 +190,20 @@ def kv_bytes(model: Dimensions, bits: int = 4) -> int:
     return model.num_layers * 2 * model.num_kv_heads * row
 
 
-def pass_bytes(model: Dimensions) -> int:
+def pass_bytes(model: Dimensions, precision: str = "w4a8") -> int:
     """That a token's activations move through all layers when everything is fused that can be: residual sums in GEMMs,
     SwiGLU and A8 in gate_up, A8 in attention.
 
     For each feature of the hidden state 16 bytes: twice a norm (read float16, write and read int8) and a residual sum.
     Queries and what attention gives for them: 12; keys and values, which take the same passes before: 8 each; and what
-    SwiGLU gives, as int8: 2.
+    SwiGLU gives, as int8: 2. Where float16 stands for int8, the norms move 4 more, what attention and SwiGLU give 2
+    more each.
     """
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return model.num_layers * (16 * model.hidden_size + 12 * q + 2 * 8 * kv + 2 * model.intermediate_size)
+    moved = 16 * model.hidden_size + 12 * q + 2 * 8 * kv + 2 * model.intermediate_size
+    if precision == "fp16":
+        moved += 4 * model.hidden_size + 2 * q + 2 * model.intermediate_size
+    return model.num_layers * moved
 
 
 # Times
@@ -218,35 +225,45 @@ class Times:
 
 
 def decode_step(
-    model: Dimensions, rates: Rates, batch: int, context: int, kv_bits: int = 4, group_size: int = 128
+    model: Dimensions,
+    rates: Rates,
+    batch: int,
+    context: int,
+    kv_bits: int = 4,
+    group_size: int = 128,
+    precision: str = "w4a8",
 ) -> Times:
     """One token for each of `batch` sequences, each attending to `context` tokens."""
     shared = model.num_heads // model.num_kv_heads
     padding = -(-shared // PADDED_HEADS) * PADDED_HEADS / shared
     moved = kv_bytes(model, kv_bits) * batch * context
     return Times(
-        linear=_linear(model, rates, batch, group_size),
+        linear=_linear(model, rates, batch, group_size, precision),
         head=_head(model, rates, batch),
         attention=rates.seconds(moved, fp16=padding * _attention_operations(model) * batch * context),
-        elementwise=_elementwise(model, rates, batch) / 2,  # L2 keeps the other half
+        elementwise=_elementwise(model, rates, batch, precision) / 2,  # L2 keeps the other half
         launch=rates.launch,
     )
 
 
-def prefill(model: Dimensions, rates: Rates, batch: int, length: int, group_size: int = 128) -> Times:
+def prefill(
+    model: Dimensions, rates: Rates, batch: int, length: int, group_size: int = 128, precision: str = "w4a8"
+) -> Times:
     """`batch` prompts of `length` tokens; logits of the last token of each. Launches hide behind the work."""
     tokens = batch * length
     return Times(
-        linear=_linear(model, rates, tokens, group_size),
+        linear=_linear(model, rates, tokens, group_size, precision),
         head=_head(model, rates, batch),
         attention=rates.seconds(0, fp16=_attention_operations(model) * batch * length**2 / 2),  # a token sees half
-        elementwise=_elementwise(model, rates, tokens),
+        elementwise=_elementwise(model, rates, tokens, precision),
         launch=0.0,
     )
 
 
-def _linear(model: Dimensions, rates: Rates, tokens: int, group_size: int) -> float:
+def _linear(model: Dimensions, rates: Rates, tokens: int, group_size: int, precision: str) -> float:
     weights = model.linear_parameters()
+    if precision == "fp16":
+        return rates.seconds(linear_bytes(model, precision=precision), fp16=2 * weights * tokens)
     dequantize = weights * -(-tokens // FRAGMENT) / rates.dequantize
     return max(rates.seconds(linear_bytes(model, group_size), int8=2 * weights * tokens), dequantize)
 
@@ -260,8 +277,8 @@ def _attention_operations(model: Dimensions) -> int:
     return 4 * model.num_heads * model.head_dim * model.num_layers
 
 
-def _elementwise(model: Dimensions, rates: Rates, tokens: int) -> float:
-    return rates.seconds(pass_bytes(model) * tokens) if rates.passes else 0.0
+def _elementwise(model: Dimensions, rates: Rates, tokens: int, precision: str) -> float:
+    return rates.seconds(pass_bytes(model, precision) * tokens) if rates.passes else 0.0
 
 
 # End to end
@@ -276,6 +293,7 @@ class Workload:
     output_len: int = 512
     kv_bits: int = 4
     group_size: int = 128
+    precision: str = "w4a8"  # or "fp16", whose weights have no groups
 
     def cache_bytes(self, model: Dimensions) -> int:
         """When the last token is generated."""
@@ -283,7 +301,7 @@ class Workload:
 
     def memory_bytes(self, model: Dimensions) -> int:
         """Of weights, embedding, lm_head and cache; without activations."""
-        return linear_bytes(model, self.group_size) + 2 * head_bytes(model) + self.cache_bytes(model)
+        return linear_bytes(model, self.group_size, self.precision) + 2 * head_bytes(model) + self.cache_bytes(model)
 
     def fits(self, model: Dimensions, sheet: DataSheet) -> bool:
         return self.memory_bytes(model) <= USABLE * sheet.memory
@@ -323,5 +341,5 @@ class Limit:
 def limit(model: Dimensions, rates: Rates, work: Workload) -> Limit:
     """What `rates` allow a workload."""
     context = work.input_len + work.output_len // 2
-    step = decode_step(model, rates, work.batch, context, work.kv_bits, work.group_size)
-    return Limit(work, step, prefill(model, rates, work.batch, work.input_len, work.group_size))
+    step = decode_step(model, rates, work.batch, context, work.kv_bits, work.group_size, work.precision)
+    return Limit(work, step, prefill(model, rates, work.batch, work.input_len, work.group_size, work.precision))

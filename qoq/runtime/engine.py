@@ -128,7 +128,7 @@ class LLMEngine:
     @classmethod
     def from_checkpoint(
         cls,
-        folder: str | Path,
+        folder: str | Path | Checkpoint,
         device: str = "cpu",
         kv_bits: int = 4,
         max_model_len: int | None = None,
@@ -136,8 +136,9 @@ class LLMEngine:
         max_num_batched_tokens: int = 2048,
         gpu_memory_utilization: float = 0.9,
         memory_bytes: int | None = None,
+        precision: str = "w4a8",
     ) -> "LLMEngine":
-        """Load a checkpoint folder.
+        """Load a checkpoint, from its folder or as it is open.
 
         Args:
             kv_bits: of the KV cache: 4, 8 or 16.
@@ -146,6 +147,7 @@ class LLMEngine:
             max_num_batched_tokens: tokens that a step computes.
             gpu_memory_utilization: the part of a GPU's memory that is taken, weights included.
             memory_bytes: of the KV cache. Unless given, 1 GiB on a CPU, and on a GPU what that part leaves.
+            precision: "w4a8", or "fp16" for the dequantized weights, to compare with.
 
         Raises:
             CheckpointError, ModelError: the folder or its tokenizer cannot be read.
@@ -155,12 +157,12 @@ class LLMEngine:
         _check_range("max_num_seqs", max_num_seqs, 1, MAX_BATCH)
         _check_range("max_num_batched_tokens", max_num_batched_tokens, 1, 1 << 20)
         _check_range("gpu_memory_utilization", gpu_memory_utilization, 0, 1)
-        checkpoint = Checkpoint(folder)
+        checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
         tokenizer, longest = checkpoint.tokenizer(), checkpoint.config.max_position_embeddings
         wanted = longest if max_model_len is None else max_model_len
         _check_range("max_model_len", wanted, 2, longest)
         layout = layout_of(checkpoint.spec, kv_bits)
-        executor = Executor(checkpoint, where, wanted, max_num_seqs, kv_bits)
+        executor = Executor(checkpoint, where, wanted, max_num_seqs, kv_bits, precision)
         if memory_bytes is None:
             memory_bytes = CPU_CACHE_BYTES
             if where.type == "cuda":

@@ -13,22 +13,15 @@ from torch.nn.attention.bias import causal_lower_right
 
 from qoq import paged
 from qoq.checkpoint import OFFSETS, Checkpoint
-from qoq.kernels import (
-    kv4_decode,
-    kv4_gather,
-    quant_rows,
-    rmsnorm,
-    rmsnorm_quant,
-    rope_kv4_append,
-    silu_mul_quant,
-)
+from qoq.errors import QoqError
+from qoq.kernels import kv4_decode, kv4_gather, rmsnorm, rope_kv4_append
 from qoq.kernels.attention import Workspace
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
 from qoq.models.decoder import KVTransform, Rope, rotary_embedding, visible
 from qoq.paged import PAGE, HeadNorms, rope_tables
 from qoq.runtime.batch import Batch, Prefill
 from qoq.runtime.cache import PagedCache, layout_of
-from qoq.runtime.linear import Linear, load_linear
+from qoq.runtime.linear import PRECISIONS, Linear, Precision, load_linear
 
 
 @dataclass(frozen=True)
@@ -53,15 +46,30 @@ class Executor:
         max_model_len: positions that a sequence may have.
         max_requests: sequences of one step.
         bits: of the cache's values.
+        precision: of linears and their inputs, one of PRECISIONS.
+
+    Raises:
+        QoqError: no such precision.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, max_model_len: int, max_requests: int, bits: int):
-        self.spec, self.device = checkpoint.spec, device
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        max_model_len: int,
+        max_requests: int,
+        bits: int,
+        precision: str = "w4a8",
+    ):
+        if precision not in PRECISIONS:
+            raise QoqError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
+        self.spec, self.device, self.precision = checkpoint.spec, device, PRECISIONS[precision]
         self.max_pages = -(-max_model_len // PAGE)
         self.cache = PagedCache.allocate(self.spec, layout_of(self.spec, bits), 0, device)
         self.clip_ratios = checkpoint.kv_cache.clip_ratios if bits == 4 else (1.0,)
         self.embedding = checkpoint.tensor(EMBEDDING).to(device)
-        self.layers = [load_layer(checkpoint, index, device) for index in range(self.spec.num_layers)]
+        layers = range(self.spec.num_layers)
+        self.layers = [load_layer(checkpoint, index, device, self.precision) for index in layers]
         self.norm = checkpoint.tensor(FINAL_NORM).to(device)
         # half precision has no fast product on a CPU
         self.lm_head = checkpoint.tensor(LM_HEAD).to(device, torch.float32 if device.type == "cpu" else torch.float16)
@@ -77,12 +85,12 @@ class Executor:
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         """Store the tokens' K and V; the residual stream behind the last layer, (T, hidden) float16."""
-        x, eps = self.embedding[batch.ids], self.spec.rms_norm_eps
+        x, eps, to = self.embedding[batch.ids], self.spec.rms_norm_eps, self.precision
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
-            qkv = layer.qkv(rmsnorm_quant(x, layer.input_norm, eps), None)
-            x = layer.o(quant_rows(self._attend(layer, cache, qkv, batch)), x)
-            gate_up = layer.gate_up(rmsnorm_quant(x, layer.post_norm, eps), None)
-            x = layer.down(silu_mul_quant(gate_up), x)
+            qkv = layer.qkv(to.norm(x, layer.input_norm, eps), None)
+            x = layer.o(to.rows(self._attend(layer, cache, qkv, batch)), x)
+            gate_up = layer.gate_up(to.norm(x, layer.post_norm, eps), None)
+            x = layer.down(to.silu_mul(gate_up), x)
         return x
 
     @torch.inference_mode()
@@ -159,7 +167,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, prefill: Prefill, window: i
     return out[0]
 
 
-def load_layer(checkpoint: Checkpoint, index: int, device: torch.device) -> Layer:
+def load_layer(checkpoint: Checkpoint, index: int, device: torch.device, precision: Precision) -> Layer:
     """Layer `index` of a checkpoint.
 
     Raises:
@@ -170,7 +178,7 @@ def load_layer(checkpoint: Checkpoint, index: int, device: torch.device) -> Laye
     offsets = [checkpoint.tensor(prefix + name) for name in OFFSETS] if checkpoint.kv_cache.offset else []
 
     def linear(block: str, *names: str) -> Linear:
-        return load_linear(checkpoint, index, [f"{block}.{name}_proj" for name in names], device)
+        return load_linear(checkpoint, index, [f"{block}.{name}_proj" for name in names], device, precision)
 
     return Layer(
         input_norm=norms["input_layernorm"],

@@ -1,23 +1,27 @@
-"""A quantized linear as the runtime calls it: through the kernel on a GPU, through the specification on a CPU.
+"""A layer's linears as the runtime calls them, and the passes that give them their input, for each precision.
 
-Linears that read the same input (q, k, v; gate, up) are one: packed tensors are concatenated, which packs the
-concatenation (`qoq.packing`).
+W4A8 goes through the kernels on a GPU and through the specification on a CPU; FP16 multiplies the same weights
+dequantized, as what W4A8 is measured against. Linears that read the same input (q, k, v; gate, up) are one: packed
+tensors are concatenated, which packs the concatenation (`qoq.packing`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qoq import quant
 from qoq.checkpoint import Checkpoint, linear_tensors, unpack_linear
 from qoq.errors import CheckpointError, QuantizationError
-from qoq.kernels import PackedWeight, w4a8_gemm
+from qoq.kernels import PackedWeight, quant_rows, rmsnorm, rmsnorm_quant, silu_mul_quant, w4a8_gemm
 from qoq.quant import ChannelWeight, QuantizedRows
 
-# (rows (M, K), residual (M, N) float16 or None) -> (M, N) float16: rows times W^T, plus bias, plus residual
-Linear = Callable[[QuantizedRows, Tensor | None], Tensor]
+# (rows (M, K) as the precision has them, residual (M, N) float16 or None) -> (M, N) float16: rows times W^T, plus
+# bias, plus residual
+Linear = Callable[[Any, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,62 @@ class UnpackedLinear:
         return y if residual is None else residual + y
 
 
-def load_linear(checkpoint: Checkpoint, index: int, names: Sequence[str], device: torch.device) -> Linear:
+@dataclass(frozen=True)
+class FloatLinear:
+    """Weights are dequantized once and multiplied by torch."""
+
+    weight: Tensor  # (N, K); float16, and on a CPU, where half precision has no fast product, float32
+    bias: Tensor | None  # (N,) likewise
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], name: str) -> "FloatLinear":
+        """As `PackedLinear.of`."""
+        linear = unpack_linear(name, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+        weight = linear.weight.dequantize().to(torch.float16)
+        dtype = torch.float32 if weight.device.type == "cpu" else torch.float16
+        return FloatLinear(weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
+
+    def __call__(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(rows.to(self.weight.dtype), self.weight, self.bias).to(torch.float16)
+        return y if residual is None else y.add_(residual)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a layer computes: each pass makes of float16 activations what `linear`'s products take."""
+
+    norm: Callable[[Tensor, Tensor, float], Any]  # rows (M, K), weight (K,), eps
+    rows: Callable[[Tensor], Any]  # rows (M, K) as they are
+    silu_mul: Callable[[Tensor], Any]  # gate and up (M, 2K)
+    linear: Callable[[Mapping[str, Tensor], str], Linear]  # of a checkpoint's tensors by their suffix, and a name
+
+
+def _w4a8_linear(tensors: Mapping[str, Tensor], name: str) -> Linear:
+    kind = UnpackedLinear if tensors["qweight"].device.type == "cpu" else PackedLinear
+    return kind.of(tensors, name)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "w4a8": Precision(rmsnorm_quant, quant_rows, silu_mul_quant, _w4a8_linear),
+    "fp16": Precision(rmsnorm, lambda x: x, _silu_mul, FloatLinear.of),
+}
+
+
+def load_linear(
+    checkpoint: Checkpoint, index: int, names: Sequence[str], device: torch.device, precision: Precision
+) -> Linear:
     """The linears `names` of layer `index`, which have the same input, as one.
 
     Raises:
         CheckpointError: a group that cannot be multiplied exactly; names the linears.
     """
     tensors = {suffix: x.to(device) for suffix, x in joined_tensors(checkpoint, index, names).items()}
-    kind = UnpackedLinear if device.type == "cpu" else PackedLinear
-    return kind.of(tensors, f"model.layers.{index}.{'+'.join(names)}")
+    return precision.linear(tensors, f"model.layers.{index}.{'+'.join(names)}")
 
 
 def joined_tensors(checkpoint: Checkpoint, index: int, names: Sequence[str]) -> dict[str, Tensor]:
