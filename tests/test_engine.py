@@ -17,7 +17,7 @@ from qoq.runtime.engine import LLMEngine, RequestOutput
 from qoq.runtime.graphs import GraphExecutor, batch_sizes
 from qoq.runtime.linear import PackedLinear, UnpackedLinear, joined_tensors
 from qoq.runtime.pages import Pages
-from qoq.runtime.sampler import Choice, Draw, SamplingParams
+from qoq.runtime.sampler import Choice, Draws, SamplingParams
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
 from qoq.runtime.text_stream import TextStream
 
@@ -53,7 +53,9 @@ def engine(loaded, request):
 
 
 def choose(logits, draws):
-    return Choice(logits, draws).read()
+    """draws: params, seed and position of each row."""
+    params, seeds, positions = zip(*draws, strict=True)
+    return Choice(logits, Draws(params, seeds, logits.device), torch.tensor(positions)).read()
 
 
 def tokens_of(outputs):
@@ -408,12 +410,12 @@ def test_a_stop_string_ends_its_request(engine):
 def test_a_draw_depends_on_its_row_alone():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     warm = SamplingParams(temperature=1.0, logprobs=4)
-    draws = [Draw(warm, 5, 7), Draw(SamplingParams(), 0, 0), Draw(warm, 5, 8)]
+    draws = [(warm, 5, 7), (SamplingParams(), 0, 0), (warm, 5, 8)]
     tokens, logprobs = choose(logits, draws)
     for row, draw in enumerate(draws):
         assert choose(logits[row : row + 1].clone(), [draw]) == ([tokens[row]], [logprobs[row]])
     assert tokens[1] == int(logits[1].argmax()) and logprobs[1] is None
-    for others in ([Draw(warm, i, 7) for i in range(20)], [Draw(warm, 5, i) for i in range(20)]):
+    for others in ([(warm, i, 7) for i in range(20)], [(warm, 5, i) for i in range(20)]):
         assert len(set(choose(logits[:1].expand(20, -1).contiguous(), others)[0])) > 5
     told = logits[0].log_softmax(0)
     own = logprobs[0] or {}

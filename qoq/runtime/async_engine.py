@@ -70,7 +70,7 @@ class Answers:
     def push(self, index: int, output: RequestOutput) -> None:
         earlier = self._unread.get(index)
         if earlier is not None:
-            output = dataclasses.replace(output, delta=earlier.delta + output.delta)
+            output = output._replace(delta=earlier.delta + output.delta)
         self._unread[index] = output
         self._event.set()
 

@@ -35,7 +35,8 @@ class Batch:
     slots: Tensor  # (T,) int64
     block_tables: Tensor  # (S, max_pages) int32
     context_lens: Tensor  # (S,) int32: tokens that a sequence's last token sees, itself included
-    last: Tensor  # (S,) int64: the last token of each sequence, as an index
+    sampled: Tensor  # (R,) int64: the tokens whose successors are wanted, as indices
+    sampled_positions: Tensor  # (R,) int64: of these successors
     decodes: int
     prefills: tuple[Prefill, ...]
 
@@ -61,48 +62,52 @@ class Batches:
             sampled: of each request whose last token nobody has read yet, where it is in `tokens`.
             tokens: (n,) int64 on the device.
         """
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        unread: list[tuple[int, int]] = []
-        for row, chunk in enumerate(chunks):
-            request, start, end = chunk.request, chunk.start, chunk.start + chunk.count
-            self._write(row, request.pages)
-            if chunk.count == 1:
-                positions.append(start)
-                slots.append(request.pages[start // PAGE] * PAGE + start % PAGE)
-            else:
-                positions += range(start, end)
-                slots += [request.pages[position // PAGE] * PAGE + position % PAGE for position in range(start, end)]
-            ids += request.tokens[start:end]
-            if len(ids) < len(positions):
-                unread.append((len(ids), sampled[request]))
-                ids.append(0)
-        counts = np.array([chunk.count for chunk in chunks], dtype=np.int64)
-        contexts = counts + np.array([chunk.start for chunk in chunks], dtype=np.int64)
         decodes = sum(chunk.decodes for chunk in chunks)
+        counts = np.array([chunk.count for chunk in chunks], dtype=np.int64)
+        begins = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        contexts, ends = begins + counts, counts.cumsum()
+        row = np.repeat(np.arange(len(chunks)), counts)  # of each token
+        positions = np.arange(ends[-1]) - (ends - counts - begins)[row]
+        ids: list[int] = []
+        unread: list[tuple[int, int]] = []
+        for number, chunk in enumerate(chunks):
+            request, start, count = chunk.request, chunk.start, chunk.count
+            if self.rows[number] != (request.pages, len(request.pages)):
+                self._write(number, request.pages)
+            known = len(request.tokens)
+            if start + count > known:  # the last one is unread
+                unread.append((len(ids) + count - 1, sampled[request]))
+                ids += request.tokens[start:known]
+                ids.append(0)
+            elif count == 1:
+                ids.append(request.tokens[start])
+            else:
+                ids += request.tokens[start : start + count]
+        slots = self.tables[row, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+        samples = np.array([chunk.samples for chunk in chunks])
         groups = self._groups(contexts[decodes:].tolist(), decodes)
         starts = [_starts(values[group]) for group in groups for values in (counts, contexts)]
         staged = to_device(
             [
-                np.array((ids, positions, slots), dtype=np.int64),
+                np.stack((np.array(ids, dtype=np.int64), positions, slots)),
                 np.array(unread, dtype=np.int64).reshape(-1, 2).T,
-                counts.cumsum() - 1,
+                np.stack(((ends - 1)[samples], contexts[samples])),
                 self.tables[: len(chunks)],
                 contexts.astype(np.int32),
                 *starts,
             ],
             self.device,
         )
-        (own_ids, own_positions, own_slots), (places, sources), last, tables, context_lens, *starts_there = staged
+        own, (places, sources), (last, next_positions), tables, context_lens, *starts_there = staged
+        own_ids, own_positions, own_slots = own
         if unread:
             assert tokens is not None
             own_ids.index_copy_(0, places, tokens.index_select(0, sources).clamp_min(0))  # -1: nothing could be chosen
-        begins = [0, *counts.cumsum().tolist()]
+        first = [0, *ends.tolist()]
         prefills = (
             Prefill(
                 sequences=group,
-                tokens=slice(begins[group.start], begins[group.stop]),
+                tokens=slice(first[group.start], first[group.stop]),
                 new=tuple(counts[group].tolist()),
                 contexts=tuple(contexts[group].tolist()),
                 new_starts=starts_there[2 * number],
@@ -110,15 +115,24 @@ class Batches:
             )
             for number, group in enumerate(groups)
         )
-        return Batch(own_ids, own_positions, own_slots, tables, context_lens, last, decodes, tuple(prefills))
+        return Batch(
+            ids=own_ids,
+            positions=own_positions,
+            slots=own_slots,
+            block_tables=tables,
+            context_lens=context_lens,
+            sampled=last,
+            sampled_positions=next_positions,
+            decodes=decodes,
+            prefills=tuple(prefills),
+        )
 
     def _write(self, row: int, pages: list[int]) -> None:
         """A request's list of pages only grows while it is the same list."""
         known, count = self.rows[row]
-        if known is not pages or count != len(pages):
-            begin = count if known is pages else 0
-            self.tables[row, begin : len(pages)] = pages[begin:]
-            self.rows[row] = pages, len(pages)
+        begin = count if known is pages else 0
+        self.tables[row, begin : len(pages)] = pages[begin:]
+        self.rows[row] = pages, len(pages)
 
     def _groups(self, contexts: list[int], first: int) -> list[slice]:
         """Sequences from `first` on, in groups whose contexts are not more than `gathered` together."""

@@ -5,20 +5,21 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from qoq.checkpoint import Checkpoint
 from qoq.errors import QoqError
 from qoq.kernels.attention import MAX_BATCH
 from qoq.paged import PAGE
-from qoq.runtime.batch import Batches
+from qoq.runtime.batch import Batches, to_device
 from qoq.runtime.cache import layout_of, page_bytes
 from qoq.runtime.executor import Executor
 from qoq.runtime.graphs import GraphExecutor
 from qoq.runtime.pages import Pages
-from qoq.runtime.sampler import Choice, Draw, SamplingParams, Wanted, wanted
+from qoq.runtime.sampler import Choice, Draws, SamplingParams, Wanted, wanted
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
 from qoq.runtime.text_stream import TextStream, push_each
 
@@ -28,8 +29,7 @@ GREEDY = SamplingParams()
 Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """A request as it stands after a step."""
 
     request_id: str
@@ -58,11 +58,10 @@ class _Running:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(self.prompt)
 
-    def draw(self) -> Draw:
-        return Draw(self.params, self.seed, self.request.length)
-
     def reason(self, token: int) -> str | None:
         """Why the request ends with this token, its last one, if it does."""
+        if self.params.max_tokens == 0:
+            return "length"
         if token in self.stop_ids or self.text.stopped:
             return "stop"
         return "length" if len(self.request.tokens) == self.request.limit else None
@@ -72,18 +71,18 @@ class _Running:
             self.text.finish()
             if self.text.stopped and finish_reason == "length":
                 finish_reason = "stop"
-        shown = self.shown
-        self.shown = len(self.text.text) if finish_reason else self.text.safe
+        shown, text = self.shown, self.text.text
+        self.shown = len(text) if finish_reason else self.text.safe
         return RequestOutput(
-            request_id=self.request.id,
-            prompt_token_ids=self.prompt,
-            token_ids=self.request.tokens[len(self.prompt) :],
-            text=self.text.text[: self.shown],
-            delta=self.text.text[shown : self.shown],
-            finish_reason=finish_reason,
-            error=error,
-            logprobs=None if self.logprobs is None else list(self.logprobs),
-            prompt_logprobs=self.prompt_logprobs,
+            self.request.id,
+            self.prompt,
+            self.request.tokens[len(self.prompt) :],
+            text[: self.shown],
+            text[shown : self.shown],
+            finish_reason,
+            error,
+            None if self.logprobs is None else list(self.logprobs),
+            self.prompt_logprobs,
         )
 
 
@@ -121,6 +120,7 @@ class LLMEngine:
         self.ahead = ahead
         self._batches = Batches(scheduler.max_requests, plain.max_pages, plain.device)
         self._flight: _Flight | None = None
+        self._draws: tuple[list[_Running], Draws] = [], Draws([], [], plain.device)  # for whom they are, and they
         self._running: dict[str, _Running] = {}
         self._aborted: list[RequestOutput] = []
         self._count = 0  # of requests that `generate` and `stream` made
@@ -275,12 +275,13 @@ class LLMEngine:
         hidden = self.executor.hidden(batch)
         self.scheduler.complete(chunks)
         prompts = self._prompt_logprobs(chunks, hidden)
-        rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
-        if not rows:
+        states = [self._running[chunk.request.id] for chunk in chunks if chunk.samples]
+        if not states:
             return _Flight([], None, prompts)
-        states = [self._running[chunks[row].request.id] for row in rows]
-        last = batch.last if len(rows) == len(chunks) else batch.last[torch.tensor(rows).to(self.device)]
-        choice = Choice(self.executor.logits(hidden[last]), [state.draw() for state in states])
+        if states != self._draws[0]:
+            draws = Draws([state.params for state in states], [state.seed for state in states], self.device)
+            self._draws = states, draws
+        choice = Choice(self.executor.logits(hidden[batch.sampled]), self._draws[1], batch.sampled_positions)
         for state in states:
             state.request.pending += 1
         return _Flight(states, choice, prompts)
@@ -296,7 +297,7 @@ class LLMEngine:
                 for start in range(chunk.start, end, LOGPROB_ROWS):
                     stop = min(start + LOGPROB_ROWS, end)
                     logits = self.executor.logits(hidden[first + start - chunk.start : first + stop - chunk.start])
-                    tokens = torch.tensor(state.prompt[start + 1 : stop + 1]).to(self.device)
+                    (tokens,) = to_device([np.array(state.prompt[start + 1 : stop + 1])], self.device)
                     rows = list(range(start + 1, stop + 1))
                     found.append((state, start + 1, wanted(logits, tokens, rows, [count] * len(rows))))
             first += chunk.count
@@ -306,30 +307,30 @@ class LLMEngine:
         """Wait for a step; what its requests have got."""
         outputs: list[RequestOutput] = []
         tokens, logprobs = flight.choice.read() if flight.choice is not None else ([], [])
-        alive = []
-        for state, token, told in zip(flight.states, tokens, logprobs, strict=True):
-            state.request.pending -= 1
-            if not state.ended:
-                alive.append((state, token, told))
         for state, start, known in flight.prompts:
             if state.prompt_logprobs is not None:
                 stop = start + len(known.rows)
                 state.prompt_logprobs[start:stop] = known.read(state.prompt[start:stop])
-        texts = []
-        for state, token, told in alive:
-            if token < 0 or state.params.max_tokens == 0:
+        texts: list[TextStream] = []
+        written: list[int] = []
+        for state, token, told in zip(flight.states, tokens, logprobs, strict=True):
+            state.request.pending -= 1
+            if state.ended or token < 0 or state.params.max_tokens == 0:
                 continue
             state.request.tokens.append(token)
-            if state.logprobs is not None and told is not None:
+            if told is not None and state.logprobs is not None:
                 state.logprobs.append(told)
             if token not in state.stop_ids:
-                texts.append((state.text, token))
-        push_each([text for text, _ in texts], [token for _, token in texts])
-        for state, token, _ in alive:
+                texts.append(state.text)
+                written.append(token)
+        push_each(texts, written)
+        for state, token in zip(flight.states, tokens, strict=True):
+            if state.ended:
+                continue
             if token < 0:
                 outputs.append(self._end(state, "error", "the model's output is not a number"))
                 continue
-            reason = state.reason(token) if state.params.max_tokens > 0 else "length"
+            reason = state.reason(token)
             outputs.append(state.output() if reason is None else self._end(state, reason))
         return outputs
 
@@ -391,7 +392,8 @@ def _free_bytes(executor: Executor, max_requests: int, max_tokens: int, utilizat
     torch.cuda.reset_peak_memory_stats(device)
     hidden = executor.hidden(batch)
     logits = executor.logits(hidden[torch.arange(max_requests, device=device) % len(hidden)])
-    Choice(logits, [Draw(SamplingParams(logprobs=1), 0, 0)] * max_requests).read()
+    draws = Draws([SamplingParams(logprobs=1)] * max_requests, [0] * max_requests, device)
+    Choice(logits, draws, torch.zeros(max_requests, dtype=torch.int64, device=device)).read()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     del hidden, logits

@@ -35,7 +35,8 @@ class GraphExecutor:
             slots=torch.full((max_requests,), -1, dtype=torch.int64, device=device),
             block_tables=torch.zeros(max_requests, executor.max_pages, dtype=torch.int32, device=device),
             context_lens=torch.zeros(max_requests, dtype=torch.int32, device=device),
-            last=torch.arange(max_requests, device=device),
+            sampled=torch.arange(max_requests, device=device),
+            sampled_positions=torch.zeros(max_requests, dtype=torch.int64, device=device),
             decodes=max_requests,
             prefills=(),
         )
@@ -70,7 +71,8 @@ class GraphExecutor:
             own.slots[:size],
             own.block_tables[:size],
             own.context_lens[:size],
-            own.last[:size],
+            own.sampled[:size],
+            own.sampled_positions[:size],
             size,
             (),
         )

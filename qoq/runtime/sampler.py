@@ -73,13 +73,23 @@ def _is_float(value: object, high: float) -> bool:
     return number and 0 <= value <= high and math.isfinite(value)  # type: ignore[operator, arg-type]
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One row of logits to choose from. The choice depends on it and on nothing else."""
+class Draws:
+    """With what rows of logits are sampled, on the device: each row's parameters and seed."""
 
-    params: SamplingParams
-    seed: int
-    position: int  # of the token to be chosen, in its request
+    def __init__(self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device):
+        self.rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+        self.counts = [params[row].logprobs or 0 for row in self.rows]
+        floats, self.top_k, self.seeds, places = to_device(
+            [
+                np.array([[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]], "f4"),
+                np.array([p.top_k for p in params], np.int32),
+                np.array(seeds, np.int64),
+                np.array(self.rows, np.int64),
+            ],
+            device,
+        )
+        self.temperature, self.top_p, self.min_p = floats
+        self.places = None if len(self.rows) == len(params) else places  # of the rows, where these are not all
 
 
 @dataclass(frozen=True)
@@ -104,32 +114,22 @@ class Wanted:
 class Choice:
     """A token for each row of logits, chosen on the device; the host may read it later.
 
-    A row of NaN gives -1. Log-probabilities are those of the model, before temperature and cuts.
+    It depends on the row, its parameters, its seed and its position alone. A row of NaN gives -1. Log-probabilities
+    are those of the model, before temperature and cuts.
     """
 
-    def __init__(self, logits: Tensor, draws: Sequence[Draw]):
-        """logits (B, vocabulary) float16 or float32."""
-        device, params = logits.device, [draw.params for draw in draws]
-        floats, top_k, keys = to_device(
-            [
-                np.array(
-                    [[getattr(p, name) for p in params] for name in ("temperature", "top_p", "min_p")], np.float32
-                ),
-                np.array([p.top_k for p in params], np.int32),
-                np.array([[draw.seed for draw in draws], [draw.position for draw in draws]], np.int64),
-            ],
-            device,
-        )
-        temperature, top_p, min_p = floats
-        self.tokens = sample(logits, temperature, top_k, top_p, min_p, keys[0], keys[1])  # (B,) int64
-        rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+    def __init__(self, logits: Tensor, draws: Draws, positions: Tensor):
+        """logits (B, vocabulary) float16 or float32; positions (B,) int64 of the tokens to be chosen."""
+        cuts = draws.temperature, draws.top_k, draws.top_p, draws.min_p
+        self.tokens = sample(logits, *cuts, draws.seeds, positions)  # (B,) int64
         self._wanted = None
-        if rows:
-            there = logits if len(rows) == len(draws) else logits[torch.tensor(rows, device=device)]
-            own = self.tokens if len(rows) == len(draws) else self.tokens[torch.tensor(rows, device=device)]
-            self._wanted = wanted(there, own.clamp_min(0), rows, [params[row].logprobs or 0 for row in rows])
+        if draws.rows:
+            all_rows = draws.places is None
+            own = logits if all_rows else logits[draws.places]
+            tokens = self.tokens if all_rows else self.tokens[draws.places]
+            self._wanted = wanted(own, tokens.clamp_min(0), draws.rows, draws.counts)
         self._host = to_host(self.tokens)
-        self._done = event(device)
+        self._done = event(logits.device)
 
     def read(self) -> tuple[list[int], list[dict[int, float] | None]]:
         """Wait for the tokens: one for each row, and log-probabilities where they are wanted."""

@@ -46,7 +46,7 @@ class Request:
         return self.names
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """Tokens start .. start + count - 1 of a request."""
 
@@ -93,18 +93,17 @@ class Scheduler:
         A request whose pending token is its last one waits for its end. While there are others, it is not empty.
         """
         chunks: list[Chunk] = []
-        budget, turn = self.max_tokens, 0
+        budget, turn, size = self.max_tokens, 0, self.pages.size
         while turn < len(self.running) and budget > 0:
             request = self.running[turn]
-            if request.length == request.limit:
+            length = len(request.tokens) + request.pending
+            if length == request.limit:
                 turn += 1
                 continue
-            count = min(request.length - request.computed, budget)
-            while not self._grow(request, request.computed + count):
-                if self._preempt() is request:
-                    break
-            else:
-                chunks.append(self._chunk(request, count))
+            count = min(length - request.computed, budget)
+            end = request.computed + count
+            if end <= len(request.pages) * size or self._make_room(request, end):
+                chunks.append(Chunk(request, request.computed, count, end == length))
                 budget -= count
                 turn += 1
         while self.waiting and budget > 0 and len(self.running) < self.max_requests:
@@ -112,15 +111,17 @@ class Scheduler:
             if request.length == request.limit or not self._admit(request):
                 break
             count = min(request.length - request.computed, budget)
-            chunks.append(self._chunk(request, count))
+            chunks.append(Chunk(request, request.computed, count, request.computed + count == request.length))
             budget -= count
         return chunks
 
     def complete(self, chunks: list[Chunk]) -> None:
         """The step that computes these chunks has begun: later ones may see them, and share their full pages."""
         for chunk in chunks:
-            chunk.request.computed = chunk.start + chunk.count
-            self._name(chunk.request)
+            request = chunk.request
+            request.computed = chunk.start + chunk.count
+            if request.computed // self.pages.size > request.named:
+                self._name(request)
 
     def remove(self, request: Request) -> None:
         """A request has ended, or shall."""
@@ -139,8 +140,12 @@ class Scheduler:
             self.pages.name(request.pages[page], request.full_pages(page + 1, size)[page])
         request.named = max(request.named, full)
 
-    def _chunk(self, request: Request, count: int) -> Chunk:
-        return Chunk(request, request.computed, count, request.computed + count == request.length)
+    def _make_room(self, request: Request, tokens: int) -> bool:
+        """Give a running request the pages for so many tokens; False if it had to give up its own."""
+        while not self._grow(request, tokens):
+            if self._preempt() is request:
+                return False
+        return True
 
     def _grow(self, request: Request, tokens: int) -> bool:
         """Whether its pages now hold so many tokens."""

@@ -15,6 +15,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, stop
+        self._longest = max(map(len, stop), default=1)
         self.text = ""
         self.stopped = False  # at a stop string, which is not part of the text
         self._ids: list[int] = []
@@ -33,6 +34,8 @@ class TextStream:
     @property
     def safe(self) -> int:
         """How many characters stay, whatever comes: the end may be the beginning of a stop string."""
+        if not self.stop:
+            return len(self.text)
         lengths = (
             length
             for stop in self.stop
@@ -54,7 +57,7 @@ class TextStream:
     def _extend(self, piece: str) -> None:
         if self.stopped or not piece:
             return
-        start = max(0, len(self.text) - max(map(len, self.stop), default=1) + 1)
+        start = max(0, len(self.text) - self._longest + 1)
         self.text += piece
         ends = [end for stop in self.stop if (end := self.text.find(stop, start)) >= 0]
         if ends:
