@@ -49,6 +49,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "microseconds", microseconds)
     monkeypatch.setattr(timing, "MOST_COPIES", 3)
     monkeypatch.setattr(bench, "ROW_TOKENS", (1, 5))
+    monkeypatch.setattr(bench, "HEAD_TOKENS", (1, 9))
     monkeypatch.setattr(bench, "SAMPLE_BATCHES", (1, 3))
     monkeypatch.setattr(bench, "PREFILL", 192)
     monkeypatch.setitem(MODELS, "llama-3-8b", TINY)
@@ -153,8 +154,8 @@ def test_torchs_products_are_right():
 
 def test_passes_are_called_as_the_ops_want(called):
     torch.manual_seed(0)
-    found = {op: list(MEASUREMENTS[op](plan(op), machine())) for op in ("rows", "attention", "sample")}
-    assert {op: len(results) for op, results in found.items()} == {"rows": 6, "attention": 8, "sample": 4}
+    found = {op: list(MEASUREMENTS[op](plan(op), machine())) for op in ("rows", "attention", "head", "sample")}
+    assert {op: len(results) for op, results in found.items()} == {"rows": 6, "attention": 8, "head": 4, "sample": 4}
     sizes = [(each.op, *each.sizes.values()) for each in found["attention"] if isinstance(each, Pass)]
     assert sizes[:4] == [*(("rope_kv4_append", tokens) for tokens in (1, 3, 192)), ("kv4_gather", 192)]
     assert sizes[4:] == [("kv4_decode", batch, context) for batch in (1, 3) for context in (64, 100)]
@@ -166,6 +167,9 @@ def test_bytes_of_passes(called):
     assert moved["quant_rows", 5, 128] == 5 * (2 * 128 + 128 + 8)
     assert moved["rmsnorm_quant + residual", 5, 128] == 5 * (3 * 2 * 128 + 128 + 8) + 2 * 128
     assert moved["silu_mul_quant", 5, 256] == 5 * (2 * 2 * 256 + 256 + 8)
+    moved = {(each.op, each.sizes["tokens"]): each.bytes for each in bench.head_passes(plan("head"), machine())}
+    assert moved["lm_head", 9] == 2 * 104 * 128 + 9 * (2 * 128 + 4 * 104)
+    assert moved["lm_head, torch fp16", 9] == 2 * 104 * 128 + 9 * (2 * 128 + 2 * 104)
     token = 2 * 2 * (64 // 2 + 4)  # K and V of two heads: codes, scale and minimum
     moved = {
         (each.op, *each.sizes.values()): each.bytes for each in bench.attention_passes(plan("attention"), machine())
@@ -191,6 +195,8 @@ def test_what_is_compiled_beforehand_is_what_runs():
             assert (kernel.source, kernel.defines(config, 128)) in asked
     (append,) = (one.defines for one in found if one.source == "append.cu")
     assert append == bench.attention._append_defines(bench.Layout(128), tuple(map(float, bench.CLIP_RATIOS)))
+    heads = [dict(one.defines) for one in found if one.source == "head.cu"]
+    assert len(heads) == 4 and all(bench.head.tile(m, H100.limits) in heads for m in bench.HEAD_TOKENS)
     assert {one.source for one in bench.specialisations(plan("sample"), H100)} == {"sample.cu"}
 
 
@@ -239,8 +245,8 @@ def test_the_command_prints_tables(qoq, called):
         "NVIDIA H100 80GB HBM3 (sm_90a), llama-3-8b, groups of 128; device copy 3000 GB/s; "
         "data sheet 3350 GB/s and 1979 TOPS"
     )
-    assert [table.split()[0] for table in tables] == ["GEMM", "op", "op", "op"]
-    assert [len(table.splitlines()) for table in tables] == [9, 7, 6, 5]
+    assert [table.split()[0] for table in tables] == ["GEMM", "op", "op", "op", "op"]
+    assert [len(table.splitlines()) for table in tables] == [9, 7, 6, 5, 5]
     assert "groups of 64" in qoq(*options("--ops", "rows", "--group-size", "64"))[1]
 
 
@@ -298,7 +304,7 @@ def test_out_of_memory_is_one_line(qoq, called, monkeypatch):
         (["--tokens", ""], "expected whole numbers"),
         (["--batches", "1024,1025"], "whole numbers from 1 to 1024"),
         (["--contexts", "-5"], "expected whole numbers"),
-        (["--ops", "gemm,rowz"], "'gemm,rowz', expected some of gemm, rows, attention, sample"),
+        (["--ops", "gemm,rowz"], "'gemm,rowz', expected some of gemm, rows, attention, head, sample"),
         (["--model", "llama"], "llama-3-8b"),
         (["--group-size", "32"], "32"),
         (["--csv", "{tmp}/absent/x.csv"], "absent: no such folder"),

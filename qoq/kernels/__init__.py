@@ -7,6 +7,7 @@ that the tests state. A wrong argument raises ValueError. Importing this starts 
 
 from qoq.kernels.attention import kv4_decode, kv4_gather, rope_kv4_append
 from qoq.kernels.gemm import PackedWeight, w4a8_gemm
+from qoq.kernels.head import lm_head
 from qoq.kernels.rows import quant_rows, rmsnorm, rmsnorm_quant, silu_mul_quant
 from qoq.kernels.sampling import sample
 
@@ -14,6 +15,7 @@ __all__ = [
     "PackedWeight",
     "kv4_decode",
     "kv4_gather",
+    "lm_head",
     "quant_rows",
     "rmsnorm",
     "rmsnorm_quant",

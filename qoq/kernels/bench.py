@@ -12,13 +12,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qoq import paged
-from qoq.kernels import attention, rows, sampling, tiling
+from qoq.kernels import attention, head, rows, sampling, tiling
 from qoq.kernels.attention import Workspace, kv4_decode, kv4_gather, rope_kv4_append
 from qoq.kernels.build import Specialisation
 from qoq.kernels.gemm import PackedWeight, w4a8_gemm
+from qoq.kernels.head import lm_head
 from qoq.kernels.rows import quant_rows, rmsnorm_quant, silu_mul_quant
 from qoq.kernels.sampling import sample
 from qoq.kernels.tiling import KERNELS, Card, Config
@@ -31,6 +33,7 @@ from qoq.roofline import DataSheet, Dimensions, weight_bytes
 logger = logging.getLogger(__name__)
 
 ROW_TOKENS = (1, 64, 4096)
+HEAD_TOKENS = (1, 16, 64, 128, 256)
 SAMPLE_BATCHES = (1, 128)
 PREFILL = 4096  # tokens appended or gathered at once
 CLIP_RATIOS = (1, 0.96, 0.92, 0.88, 0.84)
@@ -152,6 +155,9 @@ def specialisations(plan: Plan, card: Card) -> list[Specialisation]:
     if "attention" in plan.ops:
         layout = {"HEAD_DIM": plan.model.head_dim, "BITS": 4}
         found += [one for one in attention.SPECIALISATIONS if layout.items() <= one.defines.items()]
+    if "head" in plan.ops:
+        defines = [head.tile(m, card.limits) for m in HEAD_TOKENS]
+        found += [one for one in head.SPECIALISATIONS if one.defines in defines]
     if "sample" in plan.ops:
         found += sampling.SPECIALISATIONS
     return [one for one in found if card.architecture in one.architectures]
@@ -237,7 +243,7 @@ def rival_calls(x: Tensor, weights: Sequence[Tensor]) -> list[Callable[[], Tenso
     return [partial(scaled, x, w.t()) for w in weights]
 
 
-# Rows and sampling
+# Rows, output head, sampling
 
 
 def row_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
@@ -258,6 +264,19 @@ def row_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
         moved = 5 * m * inner + results
         calls = [partial(silu_mul_quant, x) for x in halves(machine, moved, m, 2 * inner)]
         yield one_pass("silu_mul_quant", {"tokens": m, "width": inner}, moved, calls, machine)
+
+
+def head_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
+    """The output head, then torch's product, whose logits are float16."""
+    vocabulary, hidden = plan.model.vocab_size, plan.model.hidden_size
+    size = 2 * vocabulary * hidden
+    weights = [random_matrix(vocabulary, hidden, torch.float16, machine.device) for _ in range(machine.copies(size))]
+    for name, op, logit_bytes in (("lm_head", lm_head, 4), ("lm_head, torch fp16", F.linear, 2)):
+        for m in HEAD_TOKENS:
+            moved = size + 2 * m * hidden + logit_bytes * m * vocabulary
+            x = random_matrix(m, hidden, torch.float16, machine.device)
+            sizes = {"tokens": m, "vocabulary": vocabulary, "width": hidden}
+            yield one_pass(name, sizes, moved, [partial(op, x, weight) for weight in weights], machine)
 
 
 def sample_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
@@ -374,5 +393,6 @@ MEASUREMENTS: dict[str, Callable[[Plan, Machine], Iterator[Product | Pass]]] = {
     "gemm": products,
     "rows": row_passes,
     "attention": attention_passes,
+    "head": head_passes,
     "sample": sample_passes,
 }

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import groupby, repeat
 from pathlib import Path
 
-from qoq.kernels import attention, build, gemm, rows, sampling
+from qoq.kernels import attention, build, gemm, head, rows, sampling
 from qoq.kernels.build import ARCHITECTURES, Cubin, Specialisation
 
 SPECIALISATIONS: tuple[Specialisation, ...] = (
@@ -27,6 +27,7 @@ SPECIALISATIONS: tuple[Specialisation, ...] = (
     *sampling.SPECIALISATIONS,
     *gemm.SPECIALISATIONS,
     *attention.SPECIALISATIONS,
+    *head.SPECIALISATIONS,
 )
 SERIALISED = re.compile(r"C7510|wgmma\S* instructions are serialized")
 

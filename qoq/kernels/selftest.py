@@ -172,6 +172,39 @@ def check_w4a8_gemm(device: torch.device) -> Outcome:
     return Outcome(cases, wrong, 0)
 
 
+# Output head
+
+
+def check_lm_head(device: torch.device) -> Outcome:
+    """The error against float64, in units of what rounding in fp32 may do; on a GPU a row alone has the same bits."""
+    worst, cases = 0.0, 0
+    for v, k in ((1000, 4096), (133, 576), (7, 8)):
+        weight = torch.randn(v, k).half()
+        for m in (1, 9, 100, 200):
+            x = random_rows(m, k)
+            logits = kernels.lm_head(x.to(device), weight.to(device))
+            worst, cases = max(worst, head_error(logits, x, weight)), cases + 1
+            if device.type == "cuda":
+                alone = kernels.lm_head(x[-1:].to(device), weight.to(device))
+                if not torch.equal(alone.view(torch.int32), logits[-1:].view(torch.int32)):
+                    worst = torch.inf
+    return Outcome(cases, worst, 1)
+
+
+def head_error(logits: Tensor, x: Tensor, weight: Tensor) -> float:
+    """The largest error of logits against float64, where that is finite; elsewhere they must not be finite either.
+
+    The unit is that of K / 16 sums of 16 products, and of a few more, each sum cut to 23 bits; of products without
+    their signs.
+    """
+    exact = x.double() @ weight.double().T
+    finite, k = exact.isfinite(), x.shape[1]
+    if not torch.equal(logits.cpu().isfinite(), finite):
+        return torch.inf
+    unit = (k / 16 + 8) * 2**-23 * (x.double().abs() @ weight.double().abs().T) + torch.finfo(torch.float32).tiny
+    return float(((logits.cpu().double() - exact).abs() / unit)[finite].max())
+
+
 # Cache
 
 
@@ -273,6 +306,7 @@ CHECKS: list[tuple[str, Check]] = [
     ("rmsnorm_quant", check_rmsnorm_quant),
     ("silu_mul_quant", check_silu_mul_quant),
     ("w4a8_gemm", check_w4a8_gemm),
+    ("lm_head", check_lm_head),
     ("rope_kv4_append", check_rope_kv4_append),
     ("kv4_decode", check_kv4_decode),
     ("sample", check_sample),
