@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from qoq import paged
 from qoq.checkpoint import OFFSETS, Checkpoint
 from qoq.errors import QoqError
-from qoq.kernels import kv4_decode, kv4_gather, rmsnorm, rope_kv4_append
+from qoq.kernels import kv4_decode, kv4_gather, lm_head, rmsnorm, rope_kv4_append
 from qoq.kernels.attention import Workspace
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
 from qoq.models.decoder import KVTransform, Rope, rotary_embedding, visible
@@ -95,8 +95,8 @@ class Executor:
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """(M, hidden) float16 of `hidden` -> (M, vocabulary), float32 on a CPU, float16 on a GPU."""
-        return F.linear(rmsnorm(x, self.norm, self.spec.rms_norm_eps).to(self.lm_head.dtype), self.lm_head)
+        """(M, hidden) float16 of `hidden` -> (M, vocabulary) float32."""
+        return lm_head(rmsnorm(x, self.norm, self.spec.rms_norm_eps), self.lm_head)
 
     def _attend(self, layer: Layer, cache: Tensor, qkv: Tensor, batch: Batch) -> Tensor:
         """qkv (T, (Hq + 2 Hkv) * D) float16 -> what o_proj takes, (T, Hq * D) float16."""

@@ -80,7 +80,7 @@ class GraphExecutor:
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> torch.cuda.CUDAGraph:
         batch = self._first(size)
-        self.executor.hidden(batch)  # compiles and loads what it needs, which a capture must not
+        self.executor.logits(self.executor.hidden(batch))  # compiles and loads what they need, which a capture must not
         torch.cuda.synchronize(self.executor.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
