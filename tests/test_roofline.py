@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ h200 256 1.81 0.27  2.38  4.45  6.26 57471 40902 1.92 3.26 31233 20305
 """
 
 
-def limits(card: str, batch: int, model: Dimensions = LLAMA, **lengths: int) -> tuple[Limit, Limit]:
+def limits(card: str, batch: int, model: Dimensions = LLAMA, **lengths: Any) -> tuple[Limit, Limit]:
     """Ideal and achievable."""
     work = Workload(batch, **lengths)
     return limit(model, CARDS[card].ideal, work), limit(model, CARDS[card].achievable, work)
