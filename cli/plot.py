@@ -75,28 +75,27 @@ def throughput(records: Sequence[Mapping[str, Any]]) -> bytes:
     lengths = f"{first['input_len']} tokens in, {first['output_len']} out"
     axes.set_title(f"{first['model']} on {first['device']}: {lengths}, prefill included")
     axes.set(xlabel="requests at a time", ylabel="generated tokens / second")
-    axes.grid(True, linewidth=0.3)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(True, which="both", linewidth=0.3)
     for precision in dict.fromkeys(record["precision"] for record in records):
         own = [record for record in records if record["precision"] == precision]
-        color, marker = PRECISION_STYLES[precision]
         sizes = [record["batch_size"] for record in own]
-        label = f"{precision}, KV{own[0]['kv_bits']}"
-
-        def curve(
-            key: str, style: str, label: str, own: Any = own, sizes: Any = sizes, color: str = color, **look: Any
-        ) -> None:
-            axes.plot(sizes, [record[key] for record in own], style, color=color, label=label, **look)
-
-        curve("throughput_tokens_per_s", "-", label, marker=marker)
+        color, marker = PRECISION_STYLES[precision]
+        curves = [("throughput_tokens_per_s", {"marker": marker}, "")]
+        if own[0]["card"] is not None:
+            curves.append(("achievable_tokens_per_s", {"linestyle": "--"}, ": allowed with good kernels"))
+            curves.append(("roofline_tokens_per_s", {"linestyle": ":"}, ": allowed by the data sheet"))
+        for key, look, what in curves:
+            label = f"{precision}, KV{own[0]['kv_bits']}{what}"
+            axes.plot(sizes, [record[key] for record in own], color=color, label=label, **look)
         for record in own:
             place = (record["batch_size"], record["throughput_tokens_per_s"])
-            text = f"{record['throughput_tokens_per_s']:,.0f}"
-            axes.annotate(text, place, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
-        if own[0]["card"] is not None:
-            curve("achievable_tokens_per_s", "--", f"{label}: allowed with good kernels")
-            curve("roofline_tokens_per_s", ":", f"{label}: allowed by the data sheet")
-    axes.set_xticks(sorted({record["batch_size"] for record in records}))
-    axes.set_ylim(bottom=0)
+            style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+            axes.annotate(f"{place[1]:,.0f}", place, xytext=(0, -14), **style)
+    ticks = sorted({record["batch_size"] for record in records})
+    axes.set_xticks(ticks, labels=[str(size) for size in ticks])
     axes.legend(fontsize=8)
     return _png(figure)
 
