@@ -83,7 +83,7 @@ def throughput(records: Sequence[Mapping[str, Any]]) -> bytes:
         own = [record for record in records if record["precision"] == precision]
         sizes = [record["batch_size"] for record in own]
         color, marker = PRECISION_STYLES[precision]
-        curves = [("throughput_tokens_per_s", {"marker": marker}, "")]
+        curves: list[tuple[str, dict[str, Any], str]] = [("throughput_tokens_per_s", {"marker": marker}, "")]
         if own[0]["card"] is not None:
             curves.append(("achievable_tokens_per_s", {"linestyle": "--"}, ": allowed with good kernels"))
             curves.append(("roofline_tokens_per_s", {"linestyle": ":"}, ": allowed by the data sheet"))

@@ -10,7 +10,7 @@ import click
 from qoq.cli.bench import FILE, Numbers, percent
 from qoq.cli.engine import Weights, engine_options, weights_options
 from qoq.cli.output import check_device, common_options, in_a_folder, note, print_json
-from qoq.roofline import CARDS, DataSheet, Workload, limit, sheet_of
+from qoq.roofline import CARDS, DataSheet, Workload, decode_step, limit, sheet_of
 
 if TYPE_CHECKING:
     from qoq.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("w4a8", "fp16")
 KV_BITS = {"w4a8": 4, "fp16": 16}  # unless told otherwise
+LIMITED = {"w4a8_gemm": "linear", "kv_decode": "attention"}  # kernel -> the part of a roofline that it is
 COLUMNS = (
     *("device", "model", "random_weights", "precision", "group_size", "kv_bits"),
     *("batch_size", "input_len", "output_len", "throughput_tokens_per_s", "output_tokens", "seconds"),
@@ -43,6 +44,7 @@ COLUMNS = (
 )
 @click.option("--baseline", is_flag=True, help="Measure fp16 too, afterwards, and say how much slower it is.")
 @click.option("--roofline", is_flag=True, help="Say what the card allows, and the share reached.")
+@click.option("--account", is_flag=True, help="Watch decode steps afterwards: time of each kernel, and of none.")
 @click.option("--card", type=click.Choice(tuple(CARDS)), help="Of --roofline.  [default: the one here]")
 @engine_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts and random weights.")
@@ -62,6 +64,7 @@ def throughput(
     precision: str,
     baseline: bool,
     roofline: bool,
+    account: bool,
     card: str | None,
     engine: dict[str, Any],
     seed: int,
@@ -77,6 +80,8 @@ def throughput(
     check_device(device)
     if baseline and precision == "fp16":
         raise click.UsageError("--baseline is fp16; --precision fp16 measures that alone")
+    if account and not device.startswith("cuda"):
+        raise click.UsageError("--account watches kernels on a GPU; expected --device cuda")
     sheet = find_sheet(device, card, roofline)
     if plot_path is not None:
         from qoq.cli.plot import check_matplotlib
@@ -101,6 +106,9 @@ def throughput(
             say(summary(found[-1], roofline))
             if csv_path is not None:
                 append(csv_path, found[-1])
+            if account:
+                found[-1]["account"] = watched = watch(loaded, checkpoint, found[-1], sheet)
+                say(account_table(watched) if watched else "no account")
         return found
 
     records = measure(precision, {"kv_bits": KV_BITS[precision], **engine})
@@ -224,6 +232,53 @@ def summary(record: dict[str, Any], roofline: bool) -> str:
             f"{record['card']} allows {ideal:,.0f} tokens / second by its data sheet, {shares[0]} reached; "
             f"{real:,.0f} with good kernels, {shares[1]}"
         )
+    return "\n".join(lines)
+
+
+def watch(
+    loaded: "LLMEngine", checkpoint: "Checkpoint", record: dict[str, Any], sheet: DataSheet | None
+) -> dict[str, Any] | None:
+    """An account of decode steps of what was measured, as JSON has it; what measures weights and cache gets its limit.
+
+    None, and a note, where there is none: what was measured stays.
+    """
+    import numpy as np
+
+    from qoq.errors import QoqError
+    from qoq.runtime import account, benchmark
+
+    batch, input_len, output_len = record["batch_size"], record["input_len"], record["output_len"]
+    generator = np.random.default_rng(record["seed"] + 1)
+    try:
+        watched = account.watch(loaded, batch, input_len, output_len, generator).record()
+    except QoqError as error:
+        note(f"no account: {error}")
+        return None
+    if sheet is not None:
+        sizes = batch, watched["context"], record["kv_bits"]
+        model = benchmark.dimensions(checkpoint.spec)
+        least = decode_step(model, sheet.ideal, *sizes, checkpoint.group_size, record["precision"])
+        for kernel in watched["kernels"]:
+            if kernel["name"] in LIMITED:
+                kernel["limit_us"] = round(1e6 * getattr(least, LIMITED[kernel["name"]]), 1)
+                kernel["limit_share"] = round(kernel["limit_us"] / kernel["us"], 4)
+    return watched
+
+
+def account_table(watched: dict[str, Any]) -> str:
+    """One line for each kernel that takes a thousandth of a step or more."""
+    lines = [
+        f"a decode step under watch, {watched['context']} tokens: {watched['step_us']:,.0f} us, "
+        f"{watched['idle_us']:,.0f} us without a kernel, {watched['gap_us']:,.0f} us in one piece",
+        f"{'kernel':40}{'launches':>10}{'us':>10}{'share':>8}{'of limit':>10}",
+    ]
+    for kernel in watched["kernels"]:
+        if kernel["share"] >= 1e-3:
+            share = f"{100 * kernel['share']:.1f} %"
+            lines.append(
+                f"{kernel['name'][:39]:40}{kernel['launches']:>10.1f}{kernel['us']:>10,.1f}{share:>8}"
+                f"{percent(kernel.get('limit_share')):>10}"
+            )
     return "\n".join(lines)
 
 

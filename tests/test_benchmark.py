@@ -103,9 +103,13 @@ def test_summary():
 
 def test_throughput(qoq, checkpoint_folder, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(
-        checkpoint, "read_entries", lambda folder, read=checkpoint.read_entries: opened.append(folder) or read(folder)
-    )
+    read = checkpoint.read_entries
+
+    def count(folder):
+        opened.append(folder)
+        return read(folder)
+
+    monkeypatch.setattr(checkpoint, "read_entries", count)
     path = tmp_path / "results.csv"
     command = ["bench", "throughput", checkpoint_folder(), *SMALL, "--rounds", "2", "--csv", path]
     code, out, err = qoq(*command, "--batch-size", "2")
