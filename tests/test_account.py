@@ -68,10 +68,11 @@ class Profiler:
             yield SimpleNamespace(name="range", time_range=span, device_type=device, is_user_annotation=True)
 
 
-@pytest.fixture
-def watched(monkeypatch) -> LLMEngine:
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def watched(monkeypatch, request) -> LLMEngine:
     """An engine that computes on the CPU and says that it does on a GPU."""
     made = engine()
+    made.ahead = request.param
     monkeypatch.setattr(torch.profiler, "profile", Profiler)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     step, cpu = made.step, made.device

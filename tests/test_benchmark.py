@@ -30,8 +30,10 @@ def tiny(monkeypatch):
     monkeypatch.setitem(MODELS, "llama-3-8b", TINY)
 
 
-def test_a_round_counts_every_token():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_round_counts_every_token(ahead):
     engine = benchmark.load(RandomCheckpoint("tiny", TINY, 128, 0, "cpu"), "cpu", 3, 9, 6)
+    engine.ahead = ahead
     done = benchmark.run_round(engine, 3, 9, 6, np.random.default_rng(0))
     assert done.output_tokens == 18 and 0 < done.prefill_seconds < done.seconds
     assert done.tokens_per_second == 18 / done.seconds and not engine.has_unfinished_requests()

@@ -8,7 +8,6 @@ from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, QoqError
 from qoq.runtime import model
 from qoq.runtime.engine import LLMEngine
-from qoq.runtime.executor import Batch
 from qoq.runtime.linear import PRECISIONS, FloatLinear, joined_tensors
 from qoq.runtime.sampler import SamplingParams
 from qoq.runtime.scheduler import Chunk, Request
@@ -55,8 +54,7 @@ def test_the_engine_in_fp16_is_the_simulated_decoder_without_quantized_activatio
     def logits(precision: str) -> torch.Tensor:
         engine = LLMEngine.from_checkpoint(folder, kv_bits=16, memory_bytes=1 << 20, precision=precision)
         request = Request("x", tokens, 70, pages=[0, 1])
-        batch = Batch.of([Chunk(request, 0, 70, False)], engine.max_pages, engine.device)
-        return engine.executor.logits(engine.executor.hidden(batch))
+        return engine.executor.logits(engine.executor.hidden(engine._batches.of([Chunk(request, 0, 70, False)])))
 
     found = logits("fp16")
     assert relative(found, expected) < 0.1 and relative(logits("w4a8"), found) < 0.1

@@ -9,7 +9,6 @@ from qoq.quant import GroupedWeight
 from qoq.roofline import MODELS, Dimensions
 from qoq.runtime import model
 from qoq.runtime.engine import LLMEngine
-from qoq.runtime.executor import Batch
 from qoq.runtime.linear import PackedLinear, joined_tensors
 from qoq.runtime.random_weights import RandomCheckpoint
 from qoq.runtime.sampler import SamplingParams
@@ -65,8 +64,7 @@ def test_activations_stay_small_through_many_layers():
     deep = Dimensions("llama", 24, 128, 256, num_heads=2, num_kv_heads=1, vocab_size=96, head_dim=64, max_positions=64)
     engine = LLMEngine.from_checkpoint(tiny(model=deep), memory_bytes=1 << 20)
     request = Request("x", list(range(50)), 50, pages=engine.scheduler.pages.take(1) or [])
-    batch = Batch.of([Chunk(request, 0, 50, True)], engine.max_pages, engine.device)
-    hidden = engine.executor.hidden(batch)
+    hidden = engine.executor.hidden(engine._batches.of([Chunk(request, 0, 50, True)]))
     assert 1 < float(hidden.float().std()) < 10 and float(engine.executor.logits(hidden).std()) < 2
 
 
