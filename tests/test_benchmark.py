@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -150,6 +151,20 @@ def test_throughput_of_random_weights_beside_fp16(qoq, tiny, tmp_path):
     code, out, _ = qoq(*command, "--roofline", "--precision", "fp16", "--kv-bits", "8")
     assert code == 0 and "llama-3-8b in fp16: Batch=2" in out and "KV8 tokens held" in out
     assert out.splitlines()[-1].startswith("NVIDIA H100 80GB HBM3 allows ")
+
+
+def test_the_engine_is_gone_when_its_baseline_is_loaded(qoq, tiny, monkeypatch):
+    load, engines = benchmark.load, []
+
+    def remember(*args, **options):
+        assert all(engine() is None for engine in engines)
+        made = load(*args, **options)
+        engines.append(weakref.ref(made.executor))
+        return made
+
+    monkeypatch.setattr(benchmark, "load", remember)
+    options = ["--sweep", "1,2", "--rounds", "1", "--baseline"]
+    assert qoq("bench", "throughput", *RANDOM, *options)[0] == 0 and len(engines) == 2
 
 
 def test_a_baseline_that_does_not_fit_loses_nothing(qoq, tiny, monkeypatch):
