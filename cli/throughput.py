@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("w4a8", "fp16")
 KV_BITS = {"w4a8": 4, "fp16": 16}  # unless told otherwise
-LIMITED = {"w4a8_gemm": "linear", "kv_decode": "attention"}  # kernel -> the part of a roofline that it is
+LIMITED = {"w4a8_gemm": "linear", "lm_head": "head", "kv_decode": "attention"}  # kernel -> its part of a roofline
 COLUMNS = (
     *("device", "model", "random_weights", "precision", "group_size", "kv_bits"),
     *("batch_size", "input_len", "output_len", "throughput_tokens_per_s", "output_tokens", "seconds"),

@@ -154,7 +154,8 @@ def test_throughput_of_random_weights_beside_fp16(qoq, tiny, tmp_path):
 
 
 def test_the_engine_is_gone_when_its_baseline_is_loaded(qoq, tiny, monkeypatch):
-    load, engines = benchmark.load, []
+    load = benchmark.load
+    engines: list[weakref.ref] = []
 
     def remember(*args, **options):
         assert all(engine() is None for engine in engines)
