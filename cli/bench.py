@@ -110,7 +110,11 @@ def kernels(
     int8` and `x fp8` say how much longer torch.mm, torch._int_mm and torch._scaled_mm take; `-` where they cannot.
     """
     if plot_path is not None:
-        check_plot(ops)
+        from qoq.cli.plot import check_matplotlib
+
+        if "gemm" not in ops:
+            raise click.UsageError("--plot shows GEMMs, and --ops leaves them out")
+        check_matplotlib()
     import torch
     from tqdm import tqdm
 
@@ -257,22 +261,6 @@ def limits_line(ideal: Limit, real: Limit, model: Dimensions, sheet: DataSheet) 
 
 def gigabytes(size: int) -> str:
     return f"{1e-9 * size:.2f} GB"
-
-
-def check_plot(ops: Sequence[str]) -> None:
-    """Refuse a plot that cannot be drawn before anything is measured.
-
-    Raises:
-        OutputError: matplotlib is missing.
-    """
-    from importlib.util import find_spec
-
-    from qoq.errors import OutputError
-
-    if "gemm" not in ops:
-        raise click.UsageError("--plot shows GEMMs, and --ops leaves them out")
-    if find_spec("matplotlib") is None:
-        raise OutputError("--plot needs matplotlib; pip install 'qoq[plot]'")
 
 
 def describe(machine: "Machine") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qoq.cli.engine import engine_options
 from qoq.cli.output import check_device, common_options, note, print_json
 from qoq.errors import QoqError
 
@@ -36,6 +37,7 @@ ANSWER_TOKENS = 128  # of --prompt, unless told otherwise
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the probability mass.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Among so many tokens; 0: all.")
 @click.option("--seed", type=int, help="For the same answer again.  [default: a new one]")
+@engine_options
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @common_options
 def chat(
@@ -48,6 +50,7 @@ def chat(
     top_p: float,
     top_k: int,
     seed: int | None,
+    engine: dict[str, Any],
     device: str,
     as_json: bool,
 ) -> None:
@@ -62,14 +65,14 @@ def chat(
     check_device(device)
     if prompt is None and (raw or as_json):
         raise click.UsageError(f"{'--raw' if raw else '--json'} needs --prompt")
-    engine = LLMEngine.from_checkpoint(checkpoint, device, max_num_seqs=1)
+    loaded = LLMEngine.from_checkpoint(checkpoint, device, max_num_seqs=1, **engine)
     if max_tokens is None:
-        max_tokens = engine.max_model_len if prompt is None else ANSWER_TOKENS
+        max_tokens = loaded.max_model_len if prompt is None else ANSWER_TOKENS
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     if prompt is None:
-        _converse(engine, system, params)
+        _converse(loaded, system, params)
     else:
-        _answer(engine, prompt, system, raw, params, as_json)
+        _answer(loaded, prompt, system, raw, params, as_json)
 
 
 def _answer(

@@ -1,15 +1,29 @@
-"""The picture of `qoq bench kernels --plot`: GEMMs under the roofline of a card."""
+"""The pictures of `qoq bench`: GEMMs under the roofline of a card, and throughput of whole batches beside it."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from qoq.errors import OutputError
 
 if TYPE_CHECKING:
     from qoq.kernels.bench import Product
     from qoq.kernels.timing import Machine
 
 STYLES = {"qkv": ("#0072b2", "o"), "o": ("#e69f00", "s"), "gate_up": ("#009e73", "D"), "down": ("#cc79a7", "^")}
+PRECISION_STYLES = {"w4a8": ("#0072b2", "o"), "fp16": ("#e69f00", "s")}
+
+
+def check_matplotlib() -> None:
+    """Refuse a plot that cannot be drawn, before anything is measured.
+
+    Raises:
+        OutputError: matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise OutputError("--plot needs matplotlib; pip install 'qoq[plot]'")
 
 
 def roofline(products: "Sequence[Product]", machine: "Machine") -> bytes:
@@ -48,6 +62,45 @@ def roofline(products: "Sequence[Product]", machine: "Machine") -> bytes:
         place = (lowest.intensity, lowest.tops)
         axes.annotate(str(m), place, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8)
     axes.legend(loc="lower right", fontsize=8)
+    return _png(figure)
+
+
+def throughput(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG of records of `qoq bench throughput`: tokens a second against batch size, measured and allowed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    first = records[0]
+    lengths = f"{first['input_len']} tokens in, {first['output_len']} out"
+    axes.set_title(f"{first['model']} on {first['device']}: {lengths}, prefill included")
+    axes.set(xlabel="requests at a time", ylabel="generated tokens / second")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(True, which="both", linewidth=0.3)
+    for precision in dict.fromkeys(record["precision"] for record in records):
+        own = [record for record in records if record["precision"] == precision]
+        sizes = [record["batch_size"] for record in own]
+        color, marker = PRECISION_STYLES[precision]
+        curves: list[tuple[str, dict[str, Any], str]] = [("throughput_tokens_per_s", {"marker": marker}, "")]
+        if own[0]["card"] is not None:
+            curves.append(("achievable_tokens_per_s", {"linestyle": "--"}, ": allowed with good kernels"))
+            curves.append(("roofline_tokens_per_s", {"linestyle": ":"}, ": allowed by the data sheet"))
+        for key, look, what in curves:
+            label = f"{precision}, KV{own[0]['kv_bits']}{what}"
+            axes.plot(sizes, [record[key] for record in own], color=color, label=label, **look)
+        for record in own:
+            place = (record["batch_size"], record["throughput_tokens_per_s"])
+            style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+            axes.annotate(f"{place[1]:,.0f}", place, xytext=(0, -14), **style)
+    ticks = sorted({record["batch_size"] for record in records})
+    axes.set_xticks(ticks, labels=[str(size) for size in ticks])
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ h200 256 1.81 0.27  2.38  4.45  6.26 57471 40902 1.92 3.26 31233 20305
 """
 
 
-def limits(card: str, batch: int, model: Dimensions = LLAMA, **lengths: int) -> tuple[Limit, Limit]:
+def limits(card: str, batch: int, model: Dimensions = LLAMA, **lengths: Any) -> tuple[Limit, Limit]:
     """Ideal and achievable."""
     work = Workload(batch, **lengths)
     return limit(model, CARDS[card].ideal, work), limit(model, CARDS[card].achievable, work)
@@ -185,6 +186,20 @@ def test_ideal_leaves_out_passes_and_launches():
     assert ideal.step.elementwise == ideal.step.launch == ideal.prefill.elementwise == ideal.prefill.launch == 0
     assert real.step.launch == 3e-4 and real.step.elementwise > 0 and real.prefill.launch == 0
     assert Times(1, 2, 4, 8, 16).total == 31
+
+
+def test_limits_in_fp16():
+    """Llama-3-8B on an H100, 128 sequences, by hand: two bytes a weight, products at the rate of float16."""
+    work = Workload(128, kv_bits=16, precision="fp16")
+    ideal, real = (limit(LLAMA, rates, work) for rates in (CARDS["h100"].ideal, CARDS["h100"].achievable))
+    assert ideal.step.linear == approx(2 * 6979321856 / 3.35e12)
+    assert ideal.step.attention == approx(128 * 1280 * 131072 / 3.35e12)
+    assert ideal.prefill.linear == approx(2 * 6979321856 * 128 * 1024 / 9.89e14)
+    assert 1e3 * ideal.step.total == approx(10.89, abs=0.01) and ideal.tokens_per_s == approx(8796, rel=1e-3)
+    assert real.step.elementwise > limits("h100", 128)[1].step.elementwise
+    assert roofline.pass_bytes(LLAMA, "fp16") / 32 == approx(160e3 + 4 * 4096 + 2 * 4096 + 2 * 14336, rel=2e-3)
+    assert work.memory_bytes(LLAMA) == 2 * 6979321856 + 2 * roofline.head_bytes(LLAMA) + 131072 * 128 * 1536
+    assert work.fits(LLAMA, CARDS["h100"]) and not Workload(512, precision="fp16").fits(LLAMA, CARDS["rtx-4090"])
 
 
 def test_one_token_is_of_the_prefill():

@@ -4,20 +4,27 @@ Prompts are random token ids and no answer ends early, so that the work is known
 in the time: scheduling, sampling, detokenization. Loading the model and capturing graphs is not.
 """
 
+import gc
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from qoq.checkpoint import Checkpoint
 from qoq.errors import QoqError
+from qoq.models.architecture import ModelSpec
 from qoq.paged import PAGE
-from qoq.runtime.engine import LLMEngine
+from qoq.roofline import Dimensions
+from qoq.runtime.cache import page_bytes
+from qoq.runtime.engine import LLMEngine, RequestOutput
+from qoq.runtime.executor import Executor
+from qoq.runtime.graphs import GraphExecutor
 from qoq.runtime.sampler import SamplingParams
 
 
@@ -28,10 +35,26 @@ class Round:
     output_tokens: int
     seconds: float
     prefill_seconds: float  # until each request had its first token; decode steps of the first ones may lie within
+    steps: Sequence[float]  # seconds of each step that gave all requests a token and read no prompt
+    context: float = 0.0  # mean tokens of a request behind the last of these
 
     @property
     def tokens_per_second(self) -> float:
         return self.output_tokens / self.seconds
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it; the median is of the last half of the steps. Null where no step was without a prompt."""
+        late = self.steps[len(self.steps) // 2 :]
+        return {
+            "throughput_tokens_per_s": self.tokens_per_second,
+            "output_tokens": self.output_tokens,
+            "seconds": self.seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_steps": len(self.steps),
+            "mean_decode_step_ms": 1000 * statistics.fmean(self.steps) if late else None,
+            "median_decode_step_ms": 1000 * statistics.median(late) if late else None,
+            "median_decode_step_context": round(self.context - len(late) / 2) if late else None,
+        }
 
 
 @dataclass
@@ -56,37 +79,66 @@ class Timeline:
 
 
 def load(
-    folder: str | Path,
-    device: str,
-    batch_size: int,
-    input_len: int,
-    output_len: int,
-    kv_bits: int = 4,
-    max_num_batched_tokens: int = 2048,
-    gpu_memory_utilization: float = 0.9,
+    checkpoint: Checkpoint, device: str, batch_size: int, input_len: int, output_len: int, **options: Any
 ) -> LLMEngine:
-    """An engine for so many requests of this length at a time.
+    """An engine for so many requests of this length at a time; `options` are those of `LLMEngine.from_checkpoint`.
 
     Raises:
-        QoqError: the model does not take this length, or see `LLMEngine.from_checkpoint`.
+        QoqError: the model does not take this length, or it does not fit, or see `LLMEngine.from_checkpoint`.
     """
-    length, longest = input_len + output_len, Checkpoint(folder).config.max_position_embeddings
+    length, longest = input_len + output_len, checkpoint.config.max_position_embeddings
     if length > longest:
         raise QoqError(f"input_len {input_len} and output_len {output_len}: {length} tokens, the model takes {longest}")
-    return LLMEngine.from_checkpoint(
-        folder,
-        device,
-        kv_bits=kv_bits,
-        max_model_len=length,
-        max_num_seqs=batch_size,
-        max_num_batched_tokens=max_num_batched_tokens,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
+    try:
+        return LLMEngine.from_checkpoint(checkpoint, device, max_model_len=length, max_num_seqs=batch_size, **options)
+    except torch.OutOfMemoryError as error:
+        raise QoqError(f"{checkpoint.folder}: out of GPU memory ({str(error).split('. ')[0]})") from None
+
+
+def release() -> None:
+    """Give back the GPU memory of engines that nobody holds any more."""
+    gc.collect()  # objects that hold each other are not gone before
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def cache_tokens(engine: LLMEngine) -> int:
     """How many tokens the KV cache holds."""
     return engine.scheduler.pages.count * PAGE
+
+
+def cache_room(engine: LLMEngine, utilization: float) -> int:
+    """How many tokens it could hold: an engine takes no more pages than its requests can fill."""
+    if engine.device.type == "cpu":
+        return cache_tokens(engine)
+    executor = _executor(engine)
+    free, total = torch.cuda.mem_get_info(engine.device)
+    spare = max(int(total * utilization) - (total - free), 0)
+    return cache_tokens(engine) + spare // page_bytes(executor.spec, executor.cache.layout) * PAGE
+
+
+def kv_bits(engine: LLMEngine) -> int:
+    """Of the KV cache."""
+    return _executor(engine).cache.layout.bits
+
+
+def _executor(engine: LLMEngine) -> Executor:
+    executor = engine.executor
+    return executor.executor if isinstance(executor, GraphExecutor) else executor
+
+
+def dimensions(spec: ModelSpec) -> Dimensions:
+    """What `qoq.roofline` counts of a model."""
+    return Dimensions(
+        model_type=spec.model_type,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        vocab_size=spec.vocab_size,
+        head_dim=spec.head_dim,
+    )
 
 
 def device_name(engine: LLMEngine) -> str:
@@ -108,14 +160,20 @@ def run_round(
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     prompts = random_prompts(batch_size, input_len, engine.vocab_size, generator)
     waiting, tokens, prefilled = set(map(str, range(batch_size))), 0, 0.0
-    started = time.perf_counter()
+    steps: list[float] = []
+    last: Sequence[RequestOutput] = ()
+    started = now = time.perf_counter()
     for number, prompt in enumerate(prompts):
         engine.add_request(str(number), prompt, params)
     while engine.has_unfinished_requests():
         outputs = engine.step()
+        before, now = now, time.perf_counter()
         if waiting:
             waiting -= {output.request_id for output in outputs}
-            prefilled = time.perf_counter() - started
+            prefilled = now - started
+        elif len(outputs) == batch_size:
+            steps.append(now - before)
+            last = outputs
         for output in outputs:
             if output.error is not None:
                 raise QoqError(output.error)
@@ -124,7 +182,8 @@ def run_round(
     seconds = time.perf_counter() - started
     if tokens != batch_size * output_len:
         raise QoqError(f"{tokens} tokens came, expected {batch_size * output_len}: answers ended early")
-    return Round(tokens, seconds, prefilled)
+    lengths = [len(output.prompt_token_ids) + len(output.token_ids) for output in last]
+    return Round(tokens, seconds, prefilled, steps, statistics.fmean(lengths) if lengths else 0.0)
 
 
 def arrivals(count: int, rate: float, generator: np.random.Generator) -> list[float]:
