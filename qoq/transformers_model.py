@@ -40,7 +40,9 @@ def convert(model: Any, checkpoint: Checkpoint) -> None:
     for index, layer in enumerate(decoder.layers):
         for name in LINEARS:
             block, _, leaf = name.partition(".")
-            linear = Linear(f"layer {index} {name}", *spec.linear_shape(name), checkpoint.group_size, name in spec.biases)
+            linear = Linear(
+                f"layer {index} {name}", *spec.linear_shape(name), checkpoint.group_size, name in spec.biases
+            )
             setattr(layer.get_submodule(block), leaf, linear)
         attention = layer.self_attn
         if checkpoint.kv_cache.offset:
@@ -124,7 +126,7 @@ def _attention(
     past_key_values: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden_states (B, T, hidden) float16, position_embeddings (B, T, D) float32 -> (B, T, hidden), weights or None."""
+    """hidden_states (B, T, hidden) float16, cos and sin (B, T, D) float32 -> (B, T, hidden); weights or None."""
     q, k, v = (
         projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -135,13 +137,13 @@ def _attention(
     transform = KVTransform(self.rotate, getattr(self, "k_offset", None), getattr(self, "v_offset", None))
     q, k, v = transform.enter(apply_rope(q, (cos, sin)), apply_rope(k, (cos, sin)), v)
 
-    stored = [to_bytes(quantize_kv(x, clip_ratios=self.clip_ratios)) for x in (k, v)]
+    k, v = (to_bytes(quantize_kv(x, clip_ratios=self.clip_ratios)) for x in (k, v))
     if isinstance(past_key_values, QuantizedCache):
         raise ModelError("the cache of a qoq model is in four bits already; leave cache_implementation='quantized' out")
     if past_key_values is not None:
-        stored = past_key_values.update(*stored, self.layer_idx)  # type: ignore[assignment]
+        k, v = past_key_values.update(k, v, self.layer_idx)
     wide = torch.float64 if q.device.type == "cpu" else q.dtype  # as the runtime does
-    k, v = (from_bytes(x).dequantize().to(wide) for x in stored)
+    k, v = (from_bytes(x).dequantize().to(wide) for x in (k, v))
 
     function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
     out, weights = function(
@@ -154,7 +156,7 @@ def _attention(
 
 
 def to_bytes(rows: QuantizedKV) -> Tensor:
-    """(..., D) codes and their grids -> (..., D/2 + 4) uint8: two codes to a byte, then scale and minimum as float16."""
+    """(..., D) codes and their grids -> (..., D/2 + 4) uint8: two codes to a byte, then scale and minimum, float16."""
     grid = torch.stack((rows.scale, rows.minimum), dim=-1).view(torch.uint8)
     return torch.cat((pack_codes(rows).codes, grid), dim=-1)
 
