@@ -17,6 +17,13 @@ Weights are in QServe's {layout} layout. Transformers alone cannot run it; with 
     qoq eval FOLDER --ppl wikitext2
     qoq chat FOLDER --prompt "..."
 
+In transformers, `import qoq` must come first. Without it `from_pretrained` only warns of an unknown quantization type
+and goes on with random weights.
+
+    import qoq
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("FOLDER")
+
 `qoq_recipe.yaml` holds the settings, `qoq_report.json` what happened: sources, calibration text, losses.
 """
 
