@@ -15,7 +15,7 @@ from torch import Tensor
 from qoq.calibration.blocks import Streams
 from qoq.models.architecture import ModelSpec
 from qoq.models.decoder import Linear, QuantizedLayer, Rope, float_block, simulated_block, simulated_cache
-from qoq.quant import quantize_rows
+from qoq.quant import HalfLinear, quantize_rows
 
 CAUSES = ("w4", "a8", "k4", "v4", "all")
 TOKENS = 512  # of the samples
@@ -41,9 +41,11 @@ def variants(
 ) -> dict[str, Variant]:
     """The layer in full precision (""), and under each of `CAUSES`; `layer` holds its transformed tensors."""
     fp = float_block(spec, index, layer)
-    weights = {f"{name}.weight": linear.weight.dequantize() for name, linear in quantized.linears.items()}
+    weights = {f"{name}.weight": linear.matrix() for name, linear in quantized.linears.items()}
     w4 = float_block(spec, index, {**layer, **weights})
-    a8 = replace(fp, linears={name: on_rows(linear) for name, linear in fp.linears.items()})
+    left = {name for name, linear in quantized.linears.items() if isinstance(linear, HalfLinear)}
+    rows = {name: linear if name in left else on_rows(linear) for name, linear in fp.linears.items()}
+    a8 = replace(fp, linears=rows)
     cached, everything = replace(fp, kv=quantized.kv), simulated_block(spec, index, quantized, torch.float32)
     cache = simulated_cache(clip_ratios)
     return {

@@ -21,7 +21,7 @@ from qoq.models.decoder import (
     simulated_cache,
     simulated_linear,
 )
-from qoq.quant import QuantizedLinear
+from qoq.quant import HalfLinear, QuantizedLinear, StoredLinear
 from qoq.recipe import Recipe
 
 Layer = dict[str, Tensor]
@@ -76,12 +76,25 @@ def quantize(
     cache = simulated_cache(settings.kv_cache.clip_ratios)
     fp = float_block(spec, index, layer, dtype)
     norms = {name: checkpoint.to_fp16(f"{prefix}{name}.weight", layer[f"{name}.weight"]) for name in spec.norm_shapes()}
-    linears: dict[str, QuantizedLinear] = {}
+    linears: dict[str, StoredLinear] = {}
+    left = checkpoint.half_linears(spec, settings.modules_to_not_convert)
     running: dict[str, Linear] = dict(fp.linears)
     q = Block(spec, index, {name: norm.float() for name, norm in norms.items()}, running, kv)
     report: dict[str, Any] = {}
 
+    def bias_of(name: str) -> Tensor | None:
+        bias = layer.get(f"{name}.bias")
+        return None if bias is None else checkpoint.to_fp16(f"{prefix}{name}.bias", bias)
+
+    def keep(name: str, linear: StoredLinear, losses: dict[str, float]) -> None:
+        linears[name], running[name], report[name] = linear, simulated_linear(linear, dtype), losses
+
     def stage(names: Sequence[str], inputs: Callable[[Block, Tensor], Tensor]) -> None:
+        if prefix + names[0] in left:
+            for name in names:
+                weight = checkpoint.to_fp16(f"{prefix}{name}.weight", layer[f"{name}.weight"])
+                keep(name, HalfLinear(weight, bias_of(name)), {"rounded": 0.0, "loss": 0.0})
+            return
         moments = None
         if settings.weights.gptq or settings.weights.grid == "search" or settings.weights.asymmetric:
             moments = weights.Moments(spec.linear_shape(names[0])[1], streams.x_fp.device)
@@ -94,11 +107,7 @@ def quantize(
         with passes("weights"):
             chosen = weights.quantize({name: layer[f"{name}.weight"] for name in names}, moments, settings)
         for name, (weight, losses) in chosen.items():
-            bias = layer.get(f"{name}.bias")
-            half = None if bias is None else checkpoint.to_fp16(f"{prefix}{name}.bias", bias)
-            linears[name] = QuantizedLinear(weight, half)
-            running[name] = simulated_linear(linears[name], dtype)
-            report[name] = losses
+            keep(name, QuantizedLinear(weight, bias_of(name)), losses)
 
     def before_attention(block: Block, x: Tensor) -> Tensor:
         return block.norm("input_layernorm", x)

@@ -73,6 +73,7 @@ def plan(source: Source, settings: Recipe) -> Plan:
     """
     spec = target_spec(source.spec, settings)
     checkpoint.check_group_size(spec, settings.group_size)
+    left = checkpoint.half_linears(spec, settings.modules_to_not_convert)
     per_layer = spec.linear_parameters() // spec.num_layers
     tokens = settings.calibration.nsamples * settings.calibration.seqlen
     widest = max(spec.linear_shape(name)[1] for name in LINEARS)
@@ -85,7 +86,7 @@ def plan(source: Source, settings: Recipe) -> Plan:
         layers=spec.num_layers,
         parameters=spec.linear_parameters(),
         source_bytes=source.bytes(),
-        output_bytes=checkpoint.size_in_bytes(spec, settings.group_size, settings.kv_cache),
+        output_bytes=checkpoint.size_in_bytes(spec, settings.group_size, settings.kv_cache, left),
         memory_bytes=500 * 2**20 + max(working_set, embedding) + streams,
         tokens=tokens,
     )

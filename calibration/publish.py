@@ -15,7 +15,7 @@ from qoq.calibration.work import Work
 from qoq.errors import CheckpointError, OutputError
 from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.models.source import Source
-from qoq.quant import QuantizedLinear
+from qoq.quant import HalfLinear, StoredLinear
 from qoq.recipe import Recipe
 
 CARRIED_FILES = ("LICENSE*", "NOTICE*", "chat_template.jinja", "generation_config.json")
@@ -53,7 +53,9 @@ def _assemble(source: Source, spec: ModelSpec, settings: Recipe, tokenizer: Any,
         "tie_word_embeddings": False,
         "dtype": "float16",
         "torch_dtype": "float16",
-        "quantization_config": checkpoint.quantization_config(settings.group_size, settings.kv_cache),
+        "quantization_config": checkpoint.quantization_config(
+            settings.group_size, settings.kv_cache, checkpoint.half_linears(spec, settings.modules_to_not_convert)
+        ),
     }
     shards.write_bytes(work.draft / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -92,9 +94,10 @@ def _compare(name: str, found: str, expected: str) -> None:
         raise CheckpointError(f"{name}: what was written differs from what was calibrated; the work folder is kept")
 
 
-def linear_digest(linear: QuantizedLinear) -> str:
-    """sha256 over integers, scales and bias of a linear."""
-    return digest(*vars(linear.weight).values(), *([] if linear.bias is None else [linear.bias]))
+def linear_digest(linear: StoredLinear) -> str:
+    """sha256 over integers, scales and bias of a linear, or over its 16-bit weights and bias."""
+    parts = [linear.weight] if isinstance(linear, HalfLinear) else [*vars(linear.weight).values()]
+    return digest(*parts, *([] if linear.bias is None else [linear.bias]))
 
 
 def digest(*tensors: Tensor) -> str:

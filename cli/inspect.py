@@ -1,6 +1,7 @@
 """qoq inspect: what a checkpoint folder is, and what is wrong with it."""
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,13 @@ def write_page(folder: Path, html: Path) -> None:
     from qoq.shards import write_bytes
 
     report = Checkpoint(folder, check=False).report()
-    if not report.get("layers") or "causes" not in report["layers"][0]:
-        raise CheckpointError(f"{folder}: --html needs a qoq_report.json with the causes of each layer's error")
-    write_bytes(html, page(report))
+    try:
+        write_bytes(html, page(report))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: --html needs a qoq_report.json with the causes of each layer's error "
+            f"({type(error).__name__}: {error})"
+        ) from None
 
 
 def describe(folder: Path, verify: bool) -> dict[str, Any]:
@@ -56,26 +61,19 @@ def describe(folder: Path, verify: bool) -> dict[str, Any]:
     """
     from qoq.checkpoint import Checkpoint
     from qoq.shards import read_header
+    from qoq.verify import problems
 
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    problems: list[str] = []
+    faults = problems(folder, verify)
     entries: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
+        with suppress(CheckpointError):
             entries |= read_header(path)
-        except QoqError as error:
-            problems.append(str(error))
     found: dict[str, Any] = {"folder": str(folder), "tensors": _classes(entries)}
-    try:
-        checkpoint = Checkpoint(folder, check=False)
+    with suppress(QoqError):  # among the problems
+        checkpoint = Checkpoint(folder, check=False, entries=entries)
         found |= _identity(checkpoint)
         found["scales"] = _scales(checkpoint)
-        problems += checkpoint.problems() if verify else checkpoint.header_problems()
-    except QoqError as error:
-        if str(error) not in problems:
-            problems.append(str(error))
-    return found | {"verified": verify, "problems": problems}
+    return found | {"verified": verify, "problems": faults}
 
 
 def _classes(entries: "dict[str, Entry]") -> list[dict[str, Any]]:
@@ -103,25 +101,26 @@ def _identity(checkpoint: "Checkpoint") -> dict[str, Any]:
     spec, group = checkpoint.spec, checkpoint.group_size
     report = checkpoint.report()
     embeddings = 2 * 2 * spec.vocab_size * spec.hidden_size
-    linear_bytes = size_in_bytes(spec, group, checkpoint.kv_cache) - embeddings
+    linear_bytes = size_in_bytes(spec, group, checkpoint.kv_cache, checkpoint.half_precision) - embeddings
     return {
         "format": "QServe W4A8, " + ("per channel" if group == -1 else f"groups of {group}"),
         "group_size": group,
         "model": report.get("model"),
-        "recipe": (report.get("recipe") or {}).get("name"),
+        "recipe": report.get("recipe", {}).get("name"),
         "model_type": spec.model_type,
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "bits_per_linear_weight": round(8 * linear_bytes / spec.linear_parameters(), 3),
         "kv_bytes_per_token": spec.num_layers * 2 * spec.num_kv_heads * (spec.head_dim // 2 + 4),
-        "loads_in": _loads_in(group),
+        "linears_in_16_bits": sorted(checkpoint.half_precision),
+        "loads_in": _loads_in(group, bool(checkpoint.half_precision)),
     }
 
 
-def _loads_in(group_size: int) -> list[str]:
-    """Engines that read this layout. Group size 64 is an extension that only qoq knows."""
+def _loads_in(group_size: int, exceptions: bool) -> list[str]:
+    """Engines that read this layout. Groups of 64 and linears in 16 bits are extensions that only qoq knows."""
     others = ["QServe / OmniServe (after qoq convert, without norms)", "SGLang 0.4.7 to 0.5.15"]
-    return ["qoq"] if group_size == 64 else ["qoq", *others]
+    return ["qoq"] if group_size == 64 or exceptions else ["qoq", *others]
 
 
 def _scales(checkpoint: "Checkpoint") -> dict[str, Any]:
@@ -130,7 +129,9 @@ def _scales(checkpoint: "Checkpoint") -> dict[str, Any]:
 
     ranges: dict[str, list[float]] = {}
     steps: Counter[int] = Counter()
-    for name in checkpoint.entries:
+    for name in checkpoint.expected:
+        if checkpoint.tensor_problem(name):
+            continue
         suffix = name.rsplit(".", 1)[-1]
         if suffix in ("s1_scales", "s1_szeros"):
             tensor = checkpoint.tensor(name).float()
@@ -149,6 +150,8 @@ def _print(found: dict[str, Any]) -> None:
     if "group_size" in found:
         click.echo(f"{'bits per linear weight':24}{found['bits_per_linear_weight']}")
         click.echo(f"{'KV4 bytes per token':24}{found['kv_bytes_per_token']}")
+        if found["linears_in_16_bits"]:
+            click.echo(f"{'in 16 bits':24}{', '.join(found['linears_in_16_bits'])}")
         click.echo(f"{'loads in':24}{', '.join(found['loads_in'])}")
     for row in found["tensors"]:
         click.echo(f"  {row['class']:22}{row['tensors']:6} tensors {row['bytes'] / 2**20:12.2f} MiB")

@@ -1,5 +1,6 @@
 """The `qoq` command. Each verb is a file of its own that imports what it needs when it runs."""
 
+import io
 import sys
 
 import click
@@ -31,6 +32,8 @@ for measurement in (throughput, latency):
 
 def main() -> None:
     """Entry point: a QoqError is one line and exit code 1, a bug keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         group()
     except QoqError as error:

@@ -6,12 +6,14 @@
 
 Each linear is `qweight` (N, K/2) int8, `s1_scales` (N,) fp16 and, grouped, `s2_scales`, `s2_zeros` (K/g, N)
 int8, or, per channel, `s1_szeros` (N,) fp16; `bias` (N,) fp16 if the model has one. Norms, embeddings and
-lm_head are fp16. The kind of a folder is read off its tensors, so QServe's published folders, which have no
-quantization_config, open too.
+lm_head are fp16, and so is `weight` (N, K), which a linear left in 16 bits has instead. The kind of a folder is read
+off its tensors, so QServe's published folders, which have no quantization_config, open too. docs/format.md describes
+the bytes.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+import math
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,26 @@ import torch
 from torch import Tensor
 
 from qoq import packing
-from qoq.errors import CheckpointError, QuantizationError, RecipeError
-from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, ModelSpec, model_spec
+from qoq.errors import CheckpointError, ModelError, QuantizationError, RecipeError
+from qoq.models.architecture import EMBEDDING, FINAL_NORM, FUSED, LINEARS, LM_HEAD, ModelSpec, model_spec
+from qoq.models.config import load_config
 from qoq.models.decoder import KVTransform, QuantizedLayer
-from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedWeight, check_legal, is_finite
+from qoq.quant import (
+    ChannelWeight,
+    GroupedWeight,
+    HalfLinear,
+    QuantizedLinear,
+    QuantizedWeight,
+    StoredLinear,
+    check_legal,
+    is_finite,
+)
 from qoq.recipe import KVCache
-from qoq.shards import DTYPES, Entry, read_entries, read_tensor
+from qoq.shards import DTYPES, Entry, read_entries, read_object, read_tensor
 
 OFFSETS = ("self_attn.k_offset", "self_attn.v_offset")  # of the cache quantizer, QServe has none
+LEVEL2 = ("s2_scales", "s2_zeros")
+Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape
 
 
 # Names and shapes
@@ -51,27 +65,65 @@ def check_group_size(spec: ModelSpec, group_size: int) -> None:
             )
 
 
-def linear_tensors(n: int, k: int, group_size: int, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Suffix -> dtype and shape of the tensors of an N x K linear."""
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "qweight": (torch.int8, (n, k // 2)),
-        "s1_scales": (torch.float16, (n,)),
-    }
-    if group_size == -1:
+def linear_tensors(n: int, k: int, group_size: int, bias: bool, half: bool = False) -> Kinds:
+    """Suffix -> dtype and shape of the tensors of an N x K linear; `half`: one that is left in 16 bits."""
+    tensors: Kinds = {"qweight": (torch.int8, (n, k // 2)), "s1_scales": (torch.float16, (n,))}
+    if half:
+        tensors = {"weight": (torch.float16, (n, k))}
+    elif group_size == -1:
         tensors["s1_szeros"] = (torch.float16, (n,))
     else:
-        tensors |= {suffix: (torch.int8, (k // group_size, n)) for suffix in ("s2_scales", "s2_zeros")}
+        tensors |= {suffix: (torch.int8, (k // group_size, n)) for suffix in LEVEL2}
     if bias:
         tensors["bias"] = (torch.float16, (n,))
     return tensors
 
 
+def half_linears(spec: ModelSpec, names: Iterable[str]) -> frozenset[str]:
+    """The full names of the linears that `names` (full names of linears or of modules that hold some) stand for.
+
+    Raises:
+        QuantizationError: a name that is none, or one linear of several that engines run as one.
+    """
+    every = [f"model.layers.{index}.{name}" for index in range(spec.num_layers) for name in LINEARS]
+    wanted, known = set(names) - {"lm_head"}, set()  # that one is in 16 bits anyway
+    found = set()
+    for linear in every:
+        parts = linear.split(".")
+        modules = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+        known |= modules
+        if modules & wanted:
+            found.add(linear)
+    unknown = sorted(wanted - known)
+    if unknown:
+        raise QuantizationError(
+            f"modules_to_not_convert: {unknown[0]} is no linear or layer of this model; "
+            f"names are like model.layers.0 and model.layers.{spec.num_layers - 1}.mlp.down_proj"
+        )
+    if len(found) == len(every):
+        raise QuantizationError("modules_to_not_convert: names every linear, nothing is left to quantize")
+    for name in sorted(found):
+        own = _within_layer(name)
+        prefix = name.removesuffix(own)
+        absent = [prefix + other for group in FUSED if own in group for other in group if prefix + other not in found]
+        if absent:
+            raise QuantizationError(
+                f"modules_to_not_convert: {name} without {absent[0]}; those that read one input run as one linear"
+            )
+    return frozenset(found)
+
+
+def _within_layer(name: str) -> str:
+    """model.layers.0.mlp.up_proj -> mlp.up_proj."""
+    return name.split(".", 3)[3]
+
+
 def expected_tensors(
-    spec: ModelSpec, group_size: int, kv_cache: KVCache
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Every tensor of a checkpoint -> dtype and shape."""
+    spec: ModelSpec, group_size: int, kv_cache: KVCache, half_precision: Collection[str] = ()
+) -> Kinds:
+    """Every tensor of a checkpoint -> dtype and shape; `half_precision` as `half_linears` gives it."""
     half, hidden = torch.float16, spec.hidden_size
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {EMBEDDING: (half, (spec.vocab_size, hidden))}
+    tensors: Kinds = {EMBEDDING: (half, (spec.vocab_size, hidden))}
     for index in range(spec.num_layers):
         prefix = f"model.layers.{index}."
         for norm, length in spec.norm_shapes().items():
@@ -80,22 +132,26 @@ def expected_tensors(
             for name in OFFSETS:
                 tensors[prefix + name] = (half, (spec.num_kv_heads, spec.head_dim))
         for name in LINEARS:
-            parts = linear_tensors(*spec.linear_shape(name), group_size, name in spec.biases)
+            left = prefix + name in half_precision
+            parts = linear_tensors(*spec.linear_shape(name), group_size, name in spec.biases, left)
             tensors |= {f"{prefix}{name}.{suffix}": kind for suffix, kind in parts.items()}
     tensors[FINAL_NORM] = (half, (hidden,))
     tensors[LM_HEAD] = (half, (spec.vocab_size, hidden))
     return tensors
 
 
-def size_in_bytes(spec: ModelSpec, group_size: int, kv_cache: KVCache) -> int:
+def size_in_bytes(spec: ModelSpec, group_size: int, kv_cache: KVCache, half_precision: Collection[str] = ()) -> int:
     """Bytes of all tensors of a checkpoint."""
-    kinds = expected_tensors(spec, group_size, kv_cache).values()
-    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in kinds)
+    kinds = expected_tensors(spec, group_size, kv_cache, half_precision).values()
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds)
 
 
-def pack_linear(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+def pack_linear(name: str, linear: StoredLinear) -> dict[str, Tensor]:
     """The tensors of one linear, checked for legality first (see `quant.check_legal`)."""
     weight = linear.weight
+    if isinstance(weight, Tensor):
+        tensors = {"weight": weight} if linear.bias is None else {"weight": weight, "bias": linear.bias}
+        return {f"{name}.{suffix}": tensor.contiguous().cpu() for suffix, tensor in tensors.items()}
     check_legal(weight, f"{name}.qweight")
     tensors = {"qweight": packing.pack_qweight(weight.codes), "s1_scales": weight.s1}
     if isinstance(weight, ChannelWeight):
@@ -108,12 +164,14 @@ def pack_linear(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     return {f"{name}.{suffix}": tensor.contiguous().cpu() for suffix, tensor in tensors.items()}
 
 
-def unpack_linear(name: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+def unpack_linear(name: str, tensors: Mapping[str, Tensor]) -> StoredLinear:
     """The inverse of `pack_linear`.
 
     Raises:
         CheckpointError: an illegal group; names the tensor.
     """
+    if f"{name}.weight" in tensors:
+        return HalfLinear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
     codes = packing.unpack_qweight(tensors[f"{name}.qweight"])
     s1 = tensors[f"{name}.s1_scales"]
     weight: QuantizedWeight
@@ -142,7 +200,7 @@ def to_fp16(name: str, tensor: Tensor) -> Tensor:
     return half
 
 
-def quantization_config(group_size: int, kv_cache: KVCache) -> dict[str, Any]:
+def quantization_config(group_size: int, kv_cache: KVCache, half_precision: Collection[str] = ()) -> dict[str, Any]:
     """What config.json says of the checkpoint; the first three keys are what QServe's users had to write by hand."""
     return {
         "quant_method": "qoq",
@@ -158,7 +216,7 @@ def quantization_config(group_size: int, kv_cache: KVCache) -> dict[str, Any]:
             "offset": kv_cache.offset,
             "clip_ratios": list(kv_cache.clip_ratios),
         },
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": ["lm_head", *sorted(half_precision)],
     }
 
 
@@ -168,15 +226,20 @@ def quantization_config(group_size: int, kv_cache: KVCache) -> dict[str, Any]:
 class Checkpoint:
     """An existing checkpoint folder; tensors are read on demand.
 
+    `entries` are its tensors, where they are known already.
+
     Raises:
         CheckpointError: no config, no safetensors, not a QoQ folder, a config that contradicts the tensors,
             or, unless `check` is off, a tensor that is missing or has the wrong shape or dtype.
     """
 
-    def __init__(self, folder: str | Path, check: bool = True):
+    def __init__(self, folder: str | Path, check: bool = True, entries: Mapping[str, Entry] | None = None):
         self.folder = Path(folder)
-        self.entries = read_entries(self.folder)
-        self.group_size = self._detect_group_size()
+        self.entries = read_entries(self.folder) if entries is None else entries
+        found = detect_group_size(self.entries)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: no *.s2_scales and no *.s1_szeros; not a QoQ checkpoint")
+        self.group_size = found
         problems = self.header_problems() if check else []
         if problems:
             more = f" (and {len(problems) - 1} more; see qoq inspect)" if len(problems) > 1 else ""
@@ -184,67 +247,103 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Any:
-        from transformers import AutoConfig
-
-        path = self.folder / "config.json"
-        if not path.is_file():
+        if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: no config.json; expected a checkpoint folder")
         try:
-            return AutoConfig.from_pretrained(self.folder)
-        except Exception as error:  # transformers raises many kinds here
-            raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+            return load_config(self.folder, str(self.folder))
+        except ModelError as error:
+            raise CheckpointError(str(error)) from None
 
     @cached_property
     def spec(self) -> ModelSpec:
         return model_spec(self.config, str(self.folder))
 
-    def _detect_group_size(self) -> int:
-        found = detect_group_size(self.entries)
-        if found is None:
-            raise CheckpointError(f"{self.folder}: no *.s2_scales and no *.s1_szeros; not a QoQ checkpoint")
-        declared = (getattr(self.config, "quantization_config", None) or {}).get("group_size", found)
-        if declared != found:
-            raise CheckpointError(
-                f"{self.folder}/config.json: quantization_config.group_size is {declared}, "
-                f"the tensors have group size {found}"
-            )
+    @cached_property
+    def declared(self) -> dict[str, Any]:
+        """quantization_config, empty where config.json has none."""
+        path = self.folder / "config.json"
+        try:
+            found = self.config and read_object(path).get("quantization_config") or {}
+        except ValueError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}: quantization_config is {reprlib.repr(found)}, expected an object")
         return found
 
     @cached_property
     def kv_cache(self) -> KVCache:
         """What the cache quantizer does; a folder of QServe's says nothing and has the plain one."""
-        declared = (getattr(self.config, "quantization_config", None) or {}).get("kv_cache") or {}
+        declared = self.declared.get("kv_cache") or {}
         try:
             ratios = tuple(float(ratio) for ratio in declared.get("clip_ratios", [1.0]))
             known = declared.get("rotation") in (None, "hadamard") and declared.get("bits", 4) == 4
             if not known:
                 raise ValueError("rotation must be null or 'hadamard', bits 4")
             return KVCache(declared.get("rotation") == "hadamard", bool(declared.get("offset")), ratios)
-        except (ValueError, TypeError, AttributeError, RecipeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecipeError) as error:
             raise CheckpointError(f"{self.folder}/config.json: quantization_config.kv_cache: {error}") from None
 
+    @cached_property
+    def half_precision(self) -> frozenset[str]:
+        """Full names of the linears that are left in 16 bits."""
+        names = self.declared.get("modules_to_not_convert") or []
+        try:
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise QuantizationError(f"modules_to_not_convert: {reprlib.repr(names)}, expected a list of names")
+            return half_linears(self.spec, names)
+        except QuantizationError as error:
+            raise CheckpointError(f"{self.folder}/config.json: quantization_config.{error}") from None
+
     def header_problems(self) -> list[str]:
-        """What names, shapes and dtypes say is wrong, one line each."""
+        """What config, names, shapes and dtypes say is wrong, one line each."""
         problems = []
-        for name, (dtype, shape) in expected_tensors(self.spec, self.group_size, self.kv_cache).items():
-            entry = self.entries.get(name)
-            if entry is None:
-                problems.append(f"{self.folder}: tensor {name} is missing")
-            elif entry.shape != shape:
-                problems.append(f"{name}: shape {list(entry.shape)}, expected {list(shape)}")
-            elif DTYPES.get(entry.dtype) != dtype:
-                problems.append(f"{name}: dtype {entry.dtype}, expected {str(dtype).removeprefix('torch.')}")
+        declared = self.declared.get("group_size", self.group_size)
+        if declared != self.group_size:
+            problems.append(
+                f"{self.folder}/config.json: quantization_config.group_size is {reprlib.repr(declared)}, "
+                f"the tensors have group size {self.group_size}"
+            )
+        try:
+            expected = self.expected
+        except CheckpointError as error:
+            return [*problems, str(error)]
+        for name in expected:
+            problem = self.tensor_problem(name)
+            if problem:
+                problems.append(problem)
         return problems
+
+    @cached_property
+    def expected(self) -> Kinds:
+        """The tensors that config.json promises -> dtype and shape."""
+        return expected_tensors(self.spec, self.group_size, self.kv_cache, self.half_precision)
+
+    def tensor_problem(self, name: str) -> str | None:
+        """What the headers say is wrong with one of the `expected` tensors."""
+        entry, (dtype, shape) = self.entries.get(name), self.expected[name]
+        if entry is None:
+            return (
+                f"{self.folder}: tensor {name} is missing, expected {str(dtype).removeprefix('torch.')} {list(shape)}"
+            )
+        if entry.shape != shape:
+            return f"{name}: shape {list(entry.shape)}, expected {list(shape)}"
+        if DTYPES.get(entry.dtype) != dtype:
+            return f"{name}: dtype {entry.dtype}, expected {str(dtype).removeprefix('torch.')}"
+        return None
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, a copy of its own."""
         return read_tensor(self.entries[name].path, name)
 
-    def linear(self, index: int, name: str) -> QuantizedLinear:
+    def linear_tensors(self, full: str) -> dict[str, Tensor]:
+        """The tensors of the linear with this full name, by theirs."""
+        names = (f"{full}.{suffix}" for suffix in ("weight", "qweight", "s1_scales", "s1_szeros", *LEVEL2, "bias"))
+        return {name: self.tensor(name) for name in names if name in self.expected}
+
+    def linear(self, index: int, name: str) -> StoredLinear:
         """One linear of layer `index`, unpacked and checked."""
         full = f"model.layers.{index}.{name}"
-        suffixes = linear_tensors(*self.spec.linear_shape(name), self.group_size, name in self.spec.biases)
-        return unpack_linear(full, {f"{full}.{suffix}": self.tensor(f"{full}.{suffix}") for suffix in suffixes})
+        return unpack_linear(full, self.linear_tensors(full))
 
     def layer(self, index: int) -> QuantizedLayer:
         """Layer `index`, unpacked and checked."""
@@ -262,33 +361,22 @@ class Checkpoint:
         return load_tokenizer(self.folder, str(self.folder))
 
     def report(self) -> dict[str, Any]:
-        """qoq_report.json, empty where there is none."""
+        """qoq_report.json, empty where there is none.
+
+        Raises:
+            CheckpointError: it is none of ours.
+        """
         path = self.folder / "qoq_report.json"
+        if not path.is_file():
+            return {}
         try:
-            report = json.loads(path.read_text()) if path.is_file() else {}
+            report = read_object(path)
         except ValueError as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from None
-        if not isinstance(report, dict):
-            raise CheckpointError(f"{path}: expected an object")
+        for key, kind in (("model", str), ("recipe", dict), ("layers", list), ("files", dict)):
+            if not isinstance(report.get(key, kind()), kind):
+                raise CheckpointError(f"{path}: {key} is {reprlib.repr(report[key])}, expected a {kind.__name__}")
         return report
-
-    def problems(self) -> Iterable[str]:
-        """Read everything and yield one line for each fault: headers, finite values, legal groups."""
-        yield from self.header_problems()
-        for index in range(self.spec.num_layers):
-            for name in LINEARS:
-                try:
-                    self.linear(index, name)
-                except CheckpointError as error:
-                    yield str(error)
-                except (KeyError, RuntimeError, ValueError):
-                    continue  # missing or misshapen: named above
-        for name in (name for name, entry in self.entries.items() if entry.dtype == "F16"):
-            try:
-                if not torch.isfinite(self.tensor(name)).all():
-                    yield f"{name}: NaN or Inf"
-            except CheckpointError as error:
-                yield str(error)
 
 
 def detect_group_size(entries: Mapping[str, Entry]) -> int | None:
@@ -314,6 +402,6 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 def _declares_qoq(folder: Path) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "qoq"
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_object(folder / "config.json")["quantization_config"]["quant_method"] == "qoq"
+    except (ValueError, KeyError, TypeError):
         return False

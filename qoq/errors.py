@@ -3,7 +3,7 @@
     QoqError
     ├── ModelError         a source model that cannot be found, read or supported
     ├── DataError          calibration or evaluation text
-    ├── RecipeError        a recipe file or setting
+    ├── RecipeError        a recipe or budget, its file or a setting
     ├── QuantizationError  numbers that cannot be quantized, or a transform that changed the model
     ├── CheckpointError    a checkpoint folder that is incomplete, damaged or contradictory
     ├── KernelError        GPU kernels that cannot be compiled, loaded or run here
@@ -13,9 +13,20 @@ Each message is one line: what, where, and what was expected. The command line p
 every other exception is a bug and keeps its traceback.
 """
 
+LONGEST_LINE = 1000  # characters of a message
+
+
+def printable(text: str) -> str:
+    """`text` on one line: what is not printable is escaped, what is beyond `LONGEST_LINE` is left out."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:LONGEST_LINE])
+    return shown if len(text) <= LONGEST_LINE else f"{shown}... ({len(text)} characters)"
+
 
 class QoqError(Exception):
-    """Base of all errors that are the input's fault, not the program's."""
+    """Base of all errors that are the input's fault, not the program's. Names in a message may be anyone's."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ModelError(QoqError):

@@ -57,22 +57,38 @@ def pack_zeros(z: Tensor) -> Tensor:
     return pack_level2(-z)
 
 
-def unpack_zeros(s2_zeros: Tensor, codes: Tensor, s2: Tensor, name: str = "s2_zeros") -> Tensor:
-    """Recover z (N, G) int32 from its low byte: the one value that keeps codes * s2 - z in [-128, 127].
+def find_zeros(s2_zeros: Tensor, codes: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    """The zero points of s2_zeros (G, N) int8, whose low bytes it holds, for codes (N, K) and s2 (N, G) int32.
 
-    Raises:
-        CheckpointError: a group spans more than int8 holds, so no such z exists.
+    z (N, G) int32 is the one value that keeps codes * s2 - z in [-128, 127]; the second result, (N, G) bool, says
+    where there is none because the group spans more than int8 holds.
     """
     grouped = codes.unflatten(1, (s2.shape[1], -1))
     low = grouped.amin(dim=2).to(torch.int32) * s2
     high = grouped.amax(dim=2).to(torch.int32) * s2
     residue = -unpack_level2(s2_zeros)
     z = low + 128 - torch.remainder(low + 128 - residue, 256)  # the largest z <= low + 128 of that residue
-    broken = high - z > 127
+    return z, high - z > 127
+
+
+def unpack_zeros(s2_zeros: Tensor, codes: Tensor, s2: Tensor, name: str = "s2_zeros") -> Tensor:
+    """`find_zeros`, where all groups are legal.
+
+    Raises:
+        CheckpointError: a group spans more than int8 holds, so no such z exists.
+    """
+    z, broken = find_zeros(s2_zeros, codes, s2)
     if broken.any():
-        row, group = (int(i) for i in broken.nonzero()[0])
-        raise CheckpointError(
-            f"{name}: row {row}, group {group} is illegal: codes * s2 span {int(low[row, group])}.."
-            f"{int(high[row, group])} and zero {int(residue[row, group])} mod 256 leave [-128, 127]"
-        )
+        raise CheckpointError(f"{name}: {explain_zero(broken, s2_zeros, codes, s2)}")
     return z
+
+
+def explain_zero(broken: Tensor, s2_zeros: Tensor, codes: Tensor, s2: Tensor) -> str:
+    """What is wrong with the first of the `broken` groups of `find_zeros`."""
+    row, group = (int(i) for i in broken.nonzero()[0])
+    span = codes.unflatten(1, (s2.shape[1], -1))[row, group].to(torch.int32) * s2[row, group]
+    zero = int(-unpack_level2(s2_zeros)[row, group])
+    return (
+        f"row {row}, group {group} is illegal: codes * s2 span {int(span.min())}..{int(span.max())} "
+        f"and zero {zero} mod 256 leave [-128, 127]"
+    )

@@ -153,12 +153,39 @@ class QuantizedLinear:
         """(..., K) float -> (..., N) float16, by the integer GEMM."""
         return self.multiply(quantize_rows(x.flatten(0, -2))).unflatten(0, x.shape[:-1])
 
+    def matrix(self) -> Tensor:
+        """The weight that is multiplied by, (N, K) float32."""
+        return self.weight.dequantize()
+
     def multiply(self, rows: QuantizedRows) -> Tensor:
         """(M, K) in A8 -> (M, N) float16."""
         weight = self.weight
         if isinstance(weight, ChannelWeight):
             return gemm_channel(rows, weight.integers(), weight.s1, weight.szero, self.bias)
         return gemm_grouped(rows, weight.integers(), weight.s1, self.bias)
+
+
+@dataclass(frozen=True)
+class HalfLinear:
+    """A linear layer left in 16 bits: float16 weights on activations as they come."""
+
+    weight: Tensor  # (N, K) float16
+    bias: Tensor | None  # (N,) float16
+
+    def to(self, device: str | torch.device) -> "HalfLinear":
+        """The same linear on a device."""
+        return HalfLinear(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., K) float -> (..., N) float16, summed in float32."""
+        return fp16(F.linear(x.float(), self.matrix(), None if self.bias is None else self.bias.float()))
+
+    def matrix(self) -> Tensor:
+        """The weight that is multiplied by, (N, K) float32."""
+        return self.weight.float()
+
+
+StoredLinear = QuantizedLinear | HalfLinear
 
 
 def guarded_scale(scale: Tensor) -> Tensor:

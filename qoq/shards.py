@@ -3,9 +3,12 @@
 https://github.com/huggingface/safetensors describes the format.
 """
 
+import hashlib
 import json
-import operator
+import math
 import os
+import reprlib
+import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,14 @@ from qoq.errors import CheckpointError, OutputError
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_JSON_BYTES = 1 << 26
+BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
 DTYPES = {"F16": torch.float16, "I8": torch.int8, "F32": torch.float32, "BF16": torch.bfloat16}
 
 
@@ -39,36 +50,109 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     """Tensor name -> entry, over all safetensors files of a folder.
 
     Raises:
-        CheckpointError: no such folder, no files, or a file that is truncated or not safetensors.
+        CheckpointError: no such folder, no files, a file that is truncated or not safetensors, or a tensor in two.
     """
-    if not folder.is_dir():
+    entries: dict[str, Entry] = {}
+    for path in list_files(folder):
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise CheckpointError(f"{path}: tensor {name} is in {entries[name].path.name} too")
+            entries[name] = entry
+    return entries
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder.
+
+    Raises:
+        CheckpointError: no such folder, or there are none.
+    """
+    if not os.path.isdir(folder):  # unlike Path.is_dir, it takes any name
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: no *.safetensors; not a checkpoint")
-    return {name: entry for path in files for name, entry in read_header(path).items()}
+    return files
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The entries of one safetensors file."""
-    size = path.stat().st_size
+    """The entries of one safetensors file, held against its size: nothing is allocated on the header's word.
+
+    Raises:
+        CheckpointError: the file is not whole, or its header is not what the format says.
+    """
     try:
+        size = regular_size(path)
         with open(path, "rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        entries = {}
-        for name, info in header.items():
-            begin, end = info["data_offsets"]
-            shape = tuple(operator.index(n) for n in info["shape"])
-            entries[name] = Entry(path, str(info["dtype"]), shape, 8 + length + begin, end - begin)
-            if not 0 <= begin <= end or 8 + length + end > size:
-                raise ValueError(f"{name} ends at byte {8 + length + end} of {size}")
+        entries = {name: _entry(path, name, info, 8 + length) for name, info in header.items()}
+        _check_layout(entries, 8 + length, size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path}: truncated or damaged safetensors ({error})") from None
     return entries
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a file; refuses what could block or never end.
+
+    Raises:
+        OSError, ValueError: it is not there, or a folder, a pipe or a device.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    return status.st_size
+
+
+def _entry(path: Path, name: str, info: Any, data: int) -> Entry:
+    """One tensor of a header whose data starts at byte `data`."""
+    dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+    if not name.isprintable():
+        raise ValueError(f"tensor name {name!r}")
+    if dtype not in BITS:
+        raise ValueError(f"{name}: dtype {dtype!r}")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+        raise ValueError(f"{name}: shape {reprlib.repr(shape)}, bytes {begin!r} to {end!r}")
+    if math.prod(shape) * BITS[dtype] != 8 * (end - begin):
+        raise ValueError(f"{name}: {dtype} of shape {reprlib.repr(shape)} in {end - begin} bytes")
+    return Entry(path, dtype, tuple(shape), data + begin, end - begin)
+
+
+def _check_layout(entries: Mapping[str, Entry], data: int, size: int) -> None:
+    """Raise ValueError unless the tensors fill the file from byte `data` on, without gaps and overlaps."""
+    at = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if entry.start + entry.bytes > size:
+            raise ValueError(f"{name} ends at byte {entry.start + entry.bytes} of {size}")
+        if entry.start != at:
+            raise ValueError(f"{name} starts at byte {entry.start}, the tensor before it ends at {at}")
+        at += entry.bytes
+    if at != size:
+        raise ValueError(f"{size - at} bytes behind the last tensor")
+
+
+def read_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: it is no such file, or larger than `most` bytes; says which, without the path.
+    """
+    try:
+        size = regular_size(path)
+        if size > most:
+            raise ValueError(f"{size} bytes, expected at most {most}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    if not isinstance(found, dict):
+        raise ValueError("expected an object")
+    return found
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -78,6 +162,15 @@ def read_tensor(path: Path, name: str) -> Tensor:
             return file.get_tensor(name).clone()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {name} cannot be read ({error})") from None
+
+
+def file_sha256(path: Path) -> str:
+    """Of the content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

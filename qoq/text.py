@@ -1,11 +1,13 @@
 """Text for calibration and evaluation: bundled, from a file, or from the hub."""
 
 import json
+import os
+import reprlib
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from qoq.errors import DataError
+from qoq.errors import DataError, QoqError
 
 BUNDLED = {"c4": "c4.jsonl"}  # name -> file in calibration/text
 # name -> path and configuration on the hub, and the only split it has, if there is only one
@@ -13,7 +15,7 @@ HUB_DATASETS: dict[str, tuple[str, str | None, str | None]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
     "pileval": ("mit-han-lab/pile-val-backup", None, "validation"),
 }
-
+ROWS_AT_ONCE = 1024  # of a parquet file
 
 Render = Callable[[list[dict[str, str]]], str]
 
@@ -27,12 +29,12 @@ def documents(dataset: str, split: str = "train", render: Render | None = None) 
     Raises:
         DataError: no such data set, or a file of another form.
     """
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     if dataset in BUNDLED:
         text = resources.files("qoq.calibration").joinpath("text", BUNDLED[dataset]).read_text(encoding="utf-8")
         return _json_lines(text, dataset, render)
     if path.suffix in (".txt", ".raw", ".jsonl", ".parquet"):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"{dataset}: no such file")
         if path.suffix == ".parquet":
             return _parquet(path)
@@ -53,10 +55,15 @@ def _json_lines(content: str, where: str, render: Render | None) -> Iterator[str
         try:
             row = json.loads(line)
             text = render(row["messages"]) if render and "messages" in row else row["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise DataError(f'{where}, line {number}: expected an object with a "text" key that holds a string')
+            text.encode()  # JSON can name halves of characters, which no tokenizer takes
+        except QoqError:
+            raise
+        except Exception as error:  # a chat template is a program and raises what it likes
+            other = ' or "messages" that the chat template takes' if render else ""
+            raise DataError(
+                f'{where}, line {number}: expected an object with a "text" key that holds a string{other} '
+                f"({type(error).__name__}: {error})"
+            ) from None
         yield text
 
 
@@ -66,10 +73,15 @@ def _parquet(path: Path) -> Iterator[str]:
     except ImportError:
         raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'qoq[eval]'") from None
     try:
-        column = pyarrow.parquet.read_table(path, columns=["text"]).column("text")
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path}: no parquet file with a text column ({str(error).splitlines()[0]})") from None
-    return (value.as_py() for value in column)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=["text"]):
+                for text in batch.column("text").to_pylist():
+                    if not isinstance(text, str):
+                        raise ValueError(f"a text is {reprlib.repr(text)}")
+                    yield text
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: no parquet file with a text column ({reason})") from None
 
 
 def _hub(name: str, split: str) -> Iterator[str]:

@@ -39,7 +39,7 @@ RATIOS = st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=5).map
         kv_cache=st.builds(KVCache, rotate=st.booleans(), offset=st.booleans(), clip_ratios=RATIOS),
         weights=st.builds(Weights, grid=st.sampled_from(["round", "search"]), gptq=st.booleans()),
         calibration=st.builds(Calibration, dataset=st.just("c4"), nsamples=st.integers(1), seqlen=st.integers(2)),
-        seed=st.integers(0),
+        seed=st.integers(0, 2**63 - 1),
         **{name: st.booleans() for name in SWITCHES},
     )
 )

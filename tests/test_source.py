@@ -124,7 +124,7 @@ def test_an_unsupported_architecture(broken):
 def test_truncated_weights(broken, size):
     content = (broken / WEIGHTS).read_bytes()
     (broken / WEIGHTS).write_bytes(content[:size])
-    with pytest.raises(ModelError, match="model.safetensors: damaged safetensors"):
+    with pytest.raises(ModelError, match="model.safetensors: truncated or damaged safetensors"):
         open_source(str(broken))
 
 

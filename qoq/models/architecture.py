@@ -20,6 +20,13 @@ LINEARS: Mapping[str, str] = {
     "mlp.up_proj": "post_attention_layernorm",
     "mlp.down_proj": "swiglu",
 }
+# Linears that read the same input: engines run each of these as one.
+FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -110,6 +117,15 @@ def model_spec(config: Any, where: str) -> ModelSpec:
     if getattr(config, "mlp_bias", False):
         raise ModelError(f"{where}: mlp_bias is true; biases in the MLP are not supported")
     heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % kv_heads:
+        raise ModelError(f"{where}: {heads} attention heads for {kv_heads} KV heads, expected a multiple")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if head_dim < 2 or head_dim % 2:
+        raise ModelError(f"{where}: head_dim is {head_dim}, expected an even number: RoPE turns pairs")
+    eps = config.rms_norm_eps
+    if not isinstance(eps, float | int) or not 0 <= eps < 1:
+        raise ModelError(f"{where}: rms_norm_eps is {eps!r}, expected a small number")
     biases = row.biases
     if isinstance(biases, str):  # HF gives all four projections a bias under this one key
         biases = _QKV | {"self_attn.o_proj"} if getattr(config, biases, False) else frozenset()
@@ -119,23 +135,27 @@ def model_spec(config: Any, where: str) -> ModelSpec:
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
-        rms_norm_eps=config.rms_norm_eps,
+        rms_norm_eps=eps,
         tied_embeddings=bool(config.tie_word_embeddings),
         qk_norm=row.qk_norm,
-        windows=_windows(config, row),
+        windows=_windows(config, row, where),
         biases=biases,
     )
 
 
-def _windows(config: Any, row: Architecture) -> tuple[int | None, ...]:
+def _windows(config: Any, row: Architecture, where: str) -> tuple[int | None, ...]:
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None) if row.sliding_window else None
     if not window:
         return (None,) * layers
+    if type(window) is not int or window < 1:
+        raise ModelError(f"{where}: sliding_window is {window!r}, expected a number of tokens")
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return (window,) * layers
+    if not isinstance(kinds, list | tuple) or len(kinds) != layers:
+        raise ModelError(f"{where}: layer_types is no list of {layers} kinds, one for each layer")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -4,6 +4,7 @@ They differ in what a linear is (float, fake-quantized, packed integers) and in 
 V. Values are rounded to the dtype of x between the steps; norms, SwiGLU and RoPE compute in float32 or wider.
 """
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qoq.errors import ModelError
 from qoq.models.architecture import LINEARS, ModelSpec
-from qoq.quant import QuantizedLinear, hadamard, quantize_kv, quantize_rows, rms_norm, silu_mul
+from qoq.quant import HalfLinear, StoredLinear, hadamard, quantize_kv, quantize_rows, rms_norm, silu_mul
 
 Linear = Callable[[Tensor], Tensor]
 # (layer, k, v) of the new tokens -> all keys and values that attention may see, both (B, Hkv, T, D)
@@ -34,10 +36,20 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
 
 def rotary_embedding(config: Any) -> Callable[[Tensor], Rope]:
-    """positions (T,) int64 -> cos, sin (T, D) float32, with the scaling the config asks for."""
+    """positions (T,) int64 -> cos, sin (T, D) float32, with the scaling the config asks for.
+
+    Raises:
+        ModelError: transformers knows no such scaling.
+    """
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    module = LlamaRotaryEmbedding(config)
+    try:
+        module = LlamaRotaryEmbedding(config)
+    except Exception as error:  # it trusts the config and raises many kinds
+        scaling = reprlib.repr(getattr(config, "rope_parameters", None))
+        raise ModelError(
+            f"config.json: RoPE cannot be computed from {scaling} ({type(error).__name__}: {error})"
+        ) from None
 
     def rope(positions: Tensor) -> Rope:
         cos, sin = module.to(positions.device)(torch.empty(0, device=positions.device), positions[None])
@@ -198,7 +210,7 @@ def float_block(spec: ModelSpec, index: int, layer: Mapping[str, Tensor], dtype:
 class QuantizedLayer:
     """A decoder layer as a checkpoint holds it."""
 
-    linears: Mapping[str, QuantizedLinear]
+    linears: Mapping[str, StoredLinear]
     norms: Mapping[str, Tensor]  # float16
     kv: KVTransform  # offsets float16
 
@@ -223,10 +235,12 @@ def packed_block(spec: ModelSpec, index: int, layer: QuantizedLayer) -> Block:
     return Block(spec, index, norms, layer.linears, layer.kv, torch.float64)
 
 
-def simulated_linear(linear: QuantizedLinear, dtype: torch.dtype) -> Linear:
+def simulated_linear(linear: StoredLinear, dtype: torch.dtype) -> Linear:
     """Float arithmetic on quantized values: the weight, and the input (A8)."""
-    weight = linear.weight.dequantize().to(dtype)
+    weight = linear.matrix().to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
+    if isinstance(linear, HalfLinear):
+        return lambda x: F.linear(x, weight, bias)
 
     def forward(x: Tensor) -> Tensor:
         rows = quantize_rows(x.flatten(0, -2)).dequantize().to(dtype)

@@ -1,9 +1,8 @@
 """Source models: find one by folder, GGUF file, hub id or alias, and read it tensor by tensor."""
 
-import hashlib
 import importlib.util
-import json
 import os
+import reprlib
 import shutil
 import tempfile
 from functools import cached_property
@@ -14,9 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qoq.errors import ModelError, QuantizationError
+from qoq.errors import CheckpointError, ModelError, QuantizationError
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec, model_spec
+from qoq.models.config import first_line, load_config
+from qoq.models.gguf_header import check_header
 from qoq.quant import is_finite
+from qoq.shards import file_sha256, read_header, read_object
 
 # A real model without a hub: the GGUF inside an installed package, or else the hub's original.
 ALIASES = {
@@ -45,25 +47,17 @@ class Source:
 
     @cached_property
     def config(self) -> Any:
-        from transformers import AutoConfig
-
-        if not (self.folder / "config.json").is_file():
-            raise ModelError(f"{self.name}: no config.json; expected a Hugging Face model folder")
-        try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # transformers raises many kinds here
-            raise ModelError(f"{self.name}: config.json cannot be read ({_first_line(error)})") from None
+        return load_config(self.folder, self.name, self.trust_remote_code)
 
     def _find_files(self) -> dict[str, Path]:
         """Tensor name -> file."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                files = {name: self.folder / file for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"{index}: not a safetensors index ({_first_line(error)})") from None
-            missing = sorted(path.name for path in set(files.values()) if not path.is_file())
+                files = {name: self.folder / file for name, file in read_index(index).items()}
+            except ValueError as error:
+                raise ModelError(f"{index}: not a safetensors index ({error})") from None
+            missing = sorted(path.name for path in set(files.values()) if not os.path.isfile(path))
             if missing:
                 raise ModelError(f"{self.name}: {missing[0]} is named by the index but is not there")
             return files
@@ -72,20 +66,23 @@ class Source:
             raise ModelError(f"{self.name}: no *.safetensors in {self.folder} (pickled weights are not read)")
         return {name: path for path in paths for name in tensor_names(path)}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor in its stored dtype, a copy of its own.
 
         Raises:
-            ModelError: no such tensor, or its file is damaged.
+            ModelError: no such tensor, one of another shape, or its file is damaged.
             QuantizationError: it holds NaN or Inf.
         """
         if name not in self.files:
             raise ModelError(f"{self.name}: tensor {name} is missing")
         try:
             with safe_open(self.files[name], framework="pt") as file:
+                found = tuple(file.get_slice(name).get_shape())  # before its bytes
+                if found != shape:
+                    raise ModelError(f"{self.name}: {name} has shape {list(found)}, the config says {list(shape)}")
                 tensor = file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self.files[name]}: damaged safetensors ({_first_line(error)})") from None
+            raise ModelError(f"{self.files[name]}: damaged safetensors ({first_line(error)})") from None
         if tensor.is_floating_point() and not is_finite(tensor):
             at = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise QuantizationError(f"{name}: {float(tensor[tuple(at)])} at {at}, expected finite weights")
@@ -96,9 +93,7 @@ class Source:
         layer = {}
         for name, shape in self.spec.layer_shapes().items():
             full = f"model.layers.{index}.{name}"
-            tensor = self.read(full).to(device=device, dtype=torch.float32)
-            self._check_shape(full, tensor, shape)
-            layer[name] = tensor
+            layer[name] = self.read(full, shape).to(device=device, dtype=torch.float32)
         return layer
 
     def embedding(self) -> Tensor:
@@ -111,18 +106,10 @@ class Source:
 
     def final_norm(self) -> Tensor:
         """(hidden,) float32."""
-        norm = self.read(FINAL_NORM).float()
-        self._check_shape(FINAL_NORM, norm, (self.spec.hidden_size,))
-        return norm
+        return self.read(FINAL_NORM, (self.spec.hidden_size,)).float()
 
     def _matrix(self, name: str) -> Tensor:
-        matrix = self.read(name)
-        self._check_shape(name, matrix, (self.spec.vocab_size, self.spec.hidden_size))
-        return matrix
-
-    def _check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        if tensor.shape != shape:
-            raise ModelError(f"{self.name}: {name} has shape {list(tensor.shape)}, the config says {list(shape)}")
+        return self.read(name, (self.spec.vocab_size, self.spec.hidden_size))
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in set(self.files.values()))
@@ -130,7 +117,7 @@ class Source:
     def hashes(self) -> dict[str, str]:
         """File name -> sha256, for every file that decides the weights."""
         paths = {self.folder / "config.json", *self.files.values()}
-        return {path.name: _sha256(path) for path in sorted(paths)}
+        return {path.name: file_sha256(path) for path in sorted(paths)}
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder, self.name, self.trust_remote_code)
@@ -147,7 +134,7 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here
-        raise ModelError(f"{name}: no usable tokenizer ({_first_line(error)})") from None
+        raise ModelError(f"{name}: no usable tokenizer ({first_line(error)})") from None
 
 
 def open_source(model: str, trust_remote_code: bool = False) -> Source:
@@ -161,20 +148,20 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
 
 def locate(model: str) -> Path:
     """The local Hugging Face folder of a model; downloads or converts it first if need be."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # as Path.expanduser, but it takes any name
     if model in ALIASES:
         package, file, hub_id = ALIASES[model]
         found = importlib.util.find_spec(package)
         if found and found.submodule_search_locations:
             return convert_gguf(Path(found.submodule_search_locations[0]) / file)
         return _download(hub_id)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelError(f"{model}: no such file")
         return convert_gguf(path)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if os.path.exists(path) or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(f"{model}: no such model; expected a folder, a .gguf file, a hub id or {', '.join(ALIASES)}")
     return _download(model)
 
@@ -186,24 +173,25 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, httpx's and OSError
-        raise ModelError(f"{hub_id}: no such folder, and the hub did not give it ({_first_line(error)})") from None
+        raise ModelError(f"{hub_id}: no such folder, and the hub did not give it ({first_line(error)})") from None
 
 
 def convert_gguf(path: Path) -> Path:
     """Unpack a GGUF file into a float32 Hugging Face folder in the user's cache; done once for each file."""
     from platformdirs import user_cache_path
 
-    folder = user_cache_path("qoq") / "gguf" / f"{_sha256(path)[:16]}-v{CACHE_VERSION}"
+    folder = user_cache_path("qoq") / "gguf" / f"{file_sha256(path)[:16]}-v{CACHE_VERSION}"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
+        check_header(path)
         _unpack_gguf(path, made)
         if not folder.exists():  # another process may have been faster
             os.rename(made, folder)
     except Exception as error:  # transformers and gguf raise many kinds here
-        raise ModelError(f"{path}: GGUF cannot be read ({_first_line(error)})") from None
+        raise ModelError(f"{path}: GGUF cannot be read ({first_line(error)})") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
@@ -213,9 +201,12 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
     )
+    model, loading = loaded
+    if loading["missing_keys"]:  # transformers fills gaps with random numbers
+        raise ValueError(f"tensor {sorted(loading['missing_keys'])[0]} is missing")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
@@ -227,19 +218,21 @@ def tensor_names(path: Path) -> list[str]:
         ModelError: the file is truncated or not safetensors.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged safetensors ({_first_line(error)})") from None
+        return list(read_header(path))
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, of a safetensors index; files lie beside it.
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    Raises:
+        ValueError: it is none; without the path.
+    """
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"weight_map is {reprlib.repr(weight_map)}, expected an object")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.isprintable() or Path(file).name != file:
+            raise ValueError(f"{name} is in {reprlib.repr(file)}, expected a file beside the index")
+    return weight_map

@@ -122,6 +122,11 @@ def load_linear(
     Raises:
         CheckpointError: a group that cannot be multiplied exactly; names the linears.
     """
+    left = checkpoint.half_precision.intersection(f"model.layers.{index}.{name}" for name in names)
+    if left:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {min(left)} is in 16 bits; the engine runs 4-bit linears alone (qoq eval runs it)"
+        )
     tensors = {suffix: x.to(device) for suffix, x in joined_tensors(checkpoint, index, names).items()}
     return precision.linear(tensors, f"model.layers.{index}.{'+'.join(names)}")
 
