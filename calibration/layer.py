@@ -92,8 +92,8 @@ def quantize(
     def stage(names: Sequence[str], inputs: Callable[[Block, Tensor], Tensor]) -> None:
         if prefix + names[0] in left:
             for name in names:
-                weight = checkpoint.to_fp16(f"{prefix}{name}.weight", layer[f"{name}.weight"])
-                keep(name, HalfLinear(weight, bias_of(name)), {"rounded": 0.0, "loss": 0.0})
+                half = checkpoint.to_fp16(f"{prefix}{name}.weight", layer[f"{name}.weight"])
+                keep(name, HalfLinear(half, bias_of(name)), {"rounded": 0.0, "loss": 0.0})
             return
         moments = None
         if settings.weights.gptq or settings.weights.grid == "search" or settings.weights.asymmetric:

@@ -18,7 +18,8 @@ from qoq.models.source import Source
 from qoq.quant import HalfLinear, StoredLinear
 from qoq.recipe import Recipe
 
-CARRIED_FILES = ("LICENSE*", "NOTICE*", "chat_template.jinja", "generation_config.json")
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+CARRIED_FILES = (*LICENCE_FILES, "chat_template.jinja", "generation_config.json")
 
 
 def publish(
@@ -26,7 +27,7 @@ def publish(
 ) -> None:
     """Make the folder from the parts of a run, verify it, and give it its final name."""
     _assemble(source, spec, settings, tokenizer, work)
-    _describe(source, settings, report, work)
+    _describe(source, spec, settings, report, work)
     verify(work, spec)
     work.finish()
 
@@ -64,11 +65,14 @@ def _parts(spec: ModelSpec) -> list[str]:
     return ["embed", *(f"layer-{index:05d}" for index in range(spec.num_layers)), "head"]
 
 
-def _describe(source: Source, settings: Recipe, report: Mapping[str, Any], work: Work) -> None:
-    """Write recipe, report and model card."""
+def _describe(source: Source, spec: ModelSpec, settings: Recipe, report: Mapping[str, Any], work: Work) -> None:
+    """Write recipe, report, with the hashes of the shards, and model card."""
+    files = {path.name: shards.file_sha256(path) for path in shards.list_files(work.draft)}
+    left = checkpoint.half_linears(spec, settings.modules_to_not_convert)
+    licences = sorted(path.name for pattern in LICENCE_FILES for path in work.draft.glob(pattern))
     shards.write_bytes(work.draft / "qoq_recipe.yaml", recipe.dump(settings))
-    shards.write_bytes(work.draft / "qoq_report.json", json.dumps(report, indent=2) + "\n")
-    shards.write_bytes(work.draft / "README.md", card.text(source, settings))
+    shards.write_bytes(work.draft / "qoq_report.json", json.dumps({**report, "files": files}, indent=2) + "\n")
+    shards.write_bytes(work.draft / "README.md", card.text(source, settings, report, left, licences))
 
 
 def verify(work: Work, spec: ModelSpec) -> None:

@@ -10,8 +10,10 @@ from qoq.cli.bench import bench
 from qoq.cli.chat import chat
 from qoq.cli.compare import compare
 from qoq.cli.eval import evaluate
+from qoq.cli.gate import gate
 from qoq.cli.inspect import inspect
 from qoq.cli.latency import latency
+from qoq.cli.push import push
 from qoq.cli.quantize import quantize
 from qoq.cli.serve import serve
 from qoq.cli.throughput import throughput
@@ -24,7 +26,7 @@ def group() -> None:
     """Quantize a Hugging Face LLM to W4A8KV4, prove the checkpoint right, and run it."""
 
 
-for command in (quantize, evaluate, compare, inspect, chat, serve, bench):
+for command in (quantize, evaluate, compare, gate, inspect, push, chat, serve, bench):
     group.add_command(command)
 for measurement in (throughput, latency):
     bench.add_command(measurement)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qoq.cli.gate import REJECTED, judge, say
 from qoq.cli.output import check_device, common_options, html_option, note, print_json
 from qoq.cli.report_page import CAUSES, page, worst_layers, worst_linear
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
+@click.option("--leave", multiple=True, metavar="NAME", help="Layer or linear to leave in 16 bits; may be repeated.")
+@click.option("--gate", "budget", type=click.Path(path_type=Path), help="Budget to keep within, or exit code 2.")
 @html_option
 @common_options
 def quantize(
@@ -37,6 +40,7 @@ def quantize(
     device: str,
     resume: bool,
     trust_remote_code: bool,
+    budget: Path | None,
     html: Path | None,
     as_json: bool,
     **overrides: Any,
@@ -44,6 +48,7 @@ def quantize(
     """Quantize a model to a W4A8KV4 checkpoint in QServe's layout."""
     from tqdm import tqdm
 
+    from qoq import gate as gates
     from qoq import recipe
     from qoq.calibration import pipeline
     from qoq.models.source import open_source
@@ -51,6 +56,7 @@ def quantize(
 
     check_device(device)
     give_freed_memory_back()
+    limits = None if budget is None else gates.load(budget)  # before hours of work
     settings = override(recipe.load(recipe_name), **overrides)
     source = open_source(model, trust_remote_code)
     output = output or Path(f"{model.rstrip('/').split('/')[-1]}-QoQ-{layout(settings.group_size)}")
@@ -74,9 +80,15 @@ def quantize(
     note(f"KL divergence from the original on {report['calibration']['dataset']}: {divergences}")
     if html is not None:
         write_bytes(html, page(report))
+    verdict = None if limits is None else judge(output, limits, device, model, True, trust_remote_code)
     if as_json:
         keys = ("seconds", "peak_rss_bytes", "peak_gpu_bytes", "kl", "layers")
-        print_json({"output": str(output), "recipe": settings.name} | {key: report[key] for key in keys})
+        document = {"output": str(output), "recipe": settings.name} | {key: report[key] for key in keys}
+        print_json(document if verdict is None else document | {"gate": verdict})
+    elif verdict is not None:
+        say(verdict)
+    if verdict is not None and verdict["verdict"] == "REJECT":
+        raise SystemExit(REJECTED)
 
 
 def _print_worst(layers: Sequence[Mapping[str, Any]]) -> None:
@@ -89,9 +101,19 @@ def _print_worst(layers: Sequence[Mapping[str, Any]]) -> None:
         note(f"{layer['layer']:12}{numbers}   {name} {loss:.1e}")
 
 
-def override(settings: "Recipe", group_size: str | None, calib_dataset: str | None, **numbers: int | None) -> "Recipe":
+def override(
+    settings: "Recipe",
+    group_size: str | None,
+    calib_dataset: str | None,
+    leave: tuple[str, ...] = (),
+    **numbers: int | None,
+) -> "Recipe":
     """The recipe with what the command line says instead."""
-    own = {"seed": numbers.pop("seed"), "group_size": None if group_size is None else int(group_size)}
+    own = {
+        "modules_to_not_convert": leave or None,
+        "seed": numbers.pop("seed"),
+        "group_size": None if group_size is None else int(group_size),
+    }
     calibration = {"dataset": calib_dataset, **numbers}
     return dataclasses.replace(
         settings,

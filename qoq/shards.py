@@ -160,7 +160,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name).clone()
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {name} cannot be read ({error})") from None
 
 

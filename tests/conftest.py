@@ -20,6 +20,7 @@ from qoq import recipe
 from qoq.recipe import Calibration, Recipe
 
 settings.register_profile("qoq", deadline=None, max_examples=50, derandomize=True)
+settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile("qoq")
 torch.set_num_threads(1)
 

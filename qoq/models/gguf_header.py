@@ -15,7 +15,8 @@ from qoq.shards import regular_size
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 WEIGHTS_PER_BYTE = 8  # of the smallest quantization types, rounded up
-# What a key counts must be a dimension of some tensor, or transformers would make up tensors of that size.
+# Where a count is not there, transformers takes that of a model of 7B; and it makes up tensors of any width.
+NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 WIDTHS = ("embedding_length", "feed_forward_length", "vocab_size", "attention.head_count", "attention.key_length")
 
 
@@ -93,13 +94,17 @@ def _tensor_shape(reader: Reader) -> tuple[int, ...]:
 
 def _check_sizes(metadata: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> None:
     widest = max((n for shape in shapes for n in shape), default=0)
-    for key, value in metadata.items():
-        name = key.split(".", 1)[-1]
-        if name == "block_count" and not (isinstance(value, int) and 0 < value <= min(MAX_LAYERS, len(shapes))):
-            raise ValueError(f"{key} is {value!r}, with {len(shapes)} tensors")
-        if name in WIDTHS and isinstance(value, int) and value > widest:
-            raise ValueError(f"{key} is {value}, the widest tensor has {widest}")
-    heads = metadata.get(f"{metadata.get('general.architecture')}.attention.head_count")
-    width = metadata.get(f"{metadata.get('general.architecture')}.attention.key_length")
-    if isinstance(heads, int) and isinstance(width, int) and heads * width > widest:
+    family = metadata.get("general.architecture")
+    for name in NEEDED:
+        if not isinstance(metadata.get(f"{family}.{name}"), int):
+            raise ValueError(f"{family}.{name} is {metadata.get(f'{family}.{name}')!r}, expected a number")
+    layers = metadata[f"{family}.block_count"]
+    if not 0 < layers <= min(MAX_LAYERS, len(shapes)):
+        raise ValueError(f"{family}.block_count is {layers}, with {len(shapes)} tensors")
+    for name in WIDTHS:
+        value = metadata.get(f"{family}.{name}", 0)
+        if isinstance(value, int) and value > widest:
+            raise ValueError(f"{family}.{name} is {value}, the widest tensor has {widest}")
+    heads, width = metadata[f"{family}.attention.head_count"], metadata.get(f"{family}.attention.key_length", 1)
+    if not isinstance(width, int) or heads * width > widest:
         raise ValueError(f"{heads} heads of {width}, the widest tensor has {widest}")

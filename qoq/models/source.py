@@ -81,7 +81,7 @@ class Source:
                 if found != shape:
                     raise ModelError(f"{self.name}: {name} has shape {list(found)}, the config says {list(shape)}")
                 tensor = file.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelError(f"{self.files[name]}: damaged safetensors ({first_line(error)})") from None
         if tensor.is_floating_point() and not is_finite(tensor):
             at = (~torch.isfinite(tensor)).nonzero()[0].tolist()
@@ -169,7 +169,16 @@ def locate(model: str) -> Path:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
+    patterns = [
+        "*.json",
+        "*.safetensors",
+        "*.jinja",
+        "tokenizer.model",
+        "README.md",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+    ]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, httpx's and OSError

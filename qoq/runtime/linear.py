@@ -57,6 +57,7 @@ class UnpackedLinear:
         """As `PackedLinear.of`."""
         linear = unpack_linear(name, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
         weight = linear.weight
+        assert not isinstance(weight, Tensor), f"{name}: `load_linear` lets no linear in 16 bits through"
         szero = weight.szero if isinstance(weight, ChannelWeight) else None
         return UnpackedLinear(weight.integers(), weight.s1, szero, linear.bias)
 

@@ -1,0 +1,228 @@
+"""A quality gate: limits on what a checkpoint may lose, a verdict, and the smallest change that would pass.
+
+A budget is a YAML file of `Budget`; what it does not name is not limited. Estimates of a change start from what was
+measured and take away shares by the report of the run (`calibration.insight`): KL divergence adds up over causes that
+do not know of each other, the logarithm of the perplexity ratio and the tail follow the mean, and the share of tokens
+whose best guess changes follows its root. They are estimates: the next run measures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qoq import settings
+from qoq.checkpoint import Checkpoint, half_linears, size_in_bytes
+from qoq.errors import CheckpointError, RecipeError
+from qoq.settings import require
+
+LEAST = ("same_top1", "tokens_per_second")  # limits from below; all others are from above
+QUALITY = ("perplexity_ratio", "mean_kl", "p99_kl", "same_top1")
+WEIGHT_CAUSES = ("w4", "a8")  # what leaving a layer in 16 bits takes away
+CAUSES = (*WEIGHT_CAUSES, "k4", "v4")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The batch that `tokens_per_second` is of; as `qoq bench throughput`."""
+
+    batch_size: int = 64
+    input_len: int = 1024
+    output_len: int = 512
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value >= 1, f"speed.{name}", value, "at least 1")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits on a checkpoint, and what they are measured on."""
+
+    text: str | None = None  # of the quality limits: as `qoq compare --text`
+    seqlen: int = 2048
+    windows: int | None = None  # of the text; all
+    perplexity_ratio: float | None = None  # at most, of the original's perplexity
+    mean_kl: float | None = None  # at most, nats
+    p99_kl: float | None = None  # at most, nats
+    same_top1: float | None = None  # at least, share of tokens
+    size_bytes: int | None = None  # at most, of all tensors
+    tokens_per_second: float | None = None  # at least, out of the engine
+    speed: Speed = field(default_factory=Speed)
+
+    def __post_init__(self) -> None:
+        require(bool(self.limits()), "budget", None, "at least one limit")
+        require(self.text is not None or not self.measures_quality, "text", self.text, "a text, to measure quality on")
+        require(self.seqlen >= 2, "seqlen", self.seqlen, "at least 2")
+        require(self.windows is None or self.windows >= 1, "windows", self.windows, "at least 1")
+        for name, limit in self.limits().items():
+            require(0 < limit < math.inf, name, limit, "a number above 0")
+        require(self.same_top1 is None or self.same_top1 <= 1, "same_top1", self.same_top1, "a share, up to 1")
+
+    def limits(self) -> dict[str, float]:
+        """Name -> limit, of those that are set."""
+        names = (*QUALITY, "size_bytes", "tokens_per_second")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def measures_quality(self) -> bool:
+        return any(name in QUALITY for name in self.limits())
+
+
+def load(path: Path) -> Budget:
+    """A budget from its file.
+
+    Raises:
+        RecipeError: no such file, or a fault in it.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such budget file")
+    return settings.load(Budget, path)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One limit and what was measured."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN never does."""
+        return self.value >= self.limit if self.name in LEAST else self.value <= self.limit
+
+    @property
+    def bound(self) -> str:
+        return "at least" if self.name in LEAST else "at most"
+
+
+def check(budget: Budget, measured: Mapping[str, float]) -> list[Check]:
+    """Each limit of a budget against what was measured, by the limits' names."""
+    return [Check(name, float(measured[name]), limit) for name, limit in budget.limits().items()]
+
+
+def accepted(checks: Sequence[Check]) -> bool:
+    return all(one.passed for one in checks)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the recipe that is estimated to pass, with what it would give."""
+
+    recipe: dict[str, Any]  # keys to set
+    why: str
+    estimate: dict[str, float]  # by the limits' names
+
+
+def smallest_change(checkpoint: Checkpoint, budget: Budget, checks: Sequence[Check]) -> Change | str:
+    """What to change so that all limits are kept, or why nothing is known to be enough."""
+    failed = {one.name for one in checks if not one.passed}
+    if "tokens_per_second" in failed:
+        return "no change of the recipe is known to make it faster"
+    measured = {one.name: one.value for one in checks}
+    if failed == {"size_bytes"}:
+        return _smaller(checkpoint, measured["size_bytes"], budget.limits()["size_bytes"])
+    if "size_bytes" in failed:
+        return "quality asks for more bytes and the size for fewer; no change is known to give both"
+    return _layers_in_16_bits(checkpoint, budget, measured)
+
+
+def _smaller(checkpoint: Checkpoint, size: float, limit: float) -> Change | str:
+    """Another layout of the weights: its size is known, its quality is not."""
+    if checkpoint.half_precision:
+        full = size_in_bytes(checkpoint.spec, checkpoint.group_size, checkpoint.kv_cache)
+        if full <= limit:
+            why = f"with no linear in 16 bits it has {full} bytes instead of {size:.0f}; quality is to be measured"
+            return Change({"modules_to_not_convert": []}, why, {"size_bytes": full})
+    if checkpoint.group_size != -1:
+        channel = size_in_bytes(checkpoint.spec, -1, checkpoint.kv_cache)
+        if channel <= limit:
+            why = f"per-channel weights have {channel} bytes instead of {size:.0f}; quality is to be measured"
+            return Change({"group_size": -1}, why, {"size_bytes": channel})
+    return "no layout of these weights is that small: the embeddings stay in 16 bits"
+
+
+def _layers_in_16_bits(checkpoint: Checkpoint, budget: Budget, measured: Mapping[str, float]) -> Change | str:
+    """As few layers as are estimated to be enough, those of largest error by weights and activations first."""
+    try:
+        whole, layers = _losses(checkpoint.report())
+    except CheckpointError as error:
+        return f"no change is known: {error}"
+    share = sum(whole[cause] for cause in WEIGHT_CAUSES) / sum(whole.values())
+    worst = sorted(layers, key=lambda index: -layers[index])
+    for count in range(1, len(worst)):  # one layer at least stays quantized
+        chosen = sorted(worst[:count])
+        taken = sum(layers[index] for index in chosen) / sum(layers.values())
+        estimate = {**measured, **_estimate(measured, 1 - share * taken)}
+        if all(one.passed for one in check(budget, estimate) if one.name in QUALITY):
+            return _with_layers(checkpoint, budget, chosen, estimate)
+    return (
+        f"the 4-bit cache makes {100 * (1 - share):.0f} % of the loss: it is estimated to be too much with all layers "
+        "but one in 16 bits"
+    )
+
+
+def _with_layers(checkpoint: Checkpoint, budget: Budget, chosen: list[int], estimate: dict[str, float]) -> Change | str:
+    """The change that leaves these layers in 16 bits too, where its size is allowed."""
+    names = [f"model.layers.{index}" for index in chosen]
+    names += sorted(name for name in checkpoint.half_precision if int(name.split(".")[2]) not in chosen)
+    left = half_linears(checkpoint.spec, names)
+    size = size_in_bytes(checkpoint.spec, checkpoint.group_size, checkpoint.kv_cache, left)
+    layers = ", ".join(map(str, chosen))
+    if budget.size_bytes is not None and size > budget.size_bytes:
+        return (
+            f"layers {layers} in 16 bits are estimated to keep the quality, but make {size} bytes "
+            f"of {budget.size_bytes} allowed"
+        )
+    if budget.tokens_per_second is not None:
+        return f"layers {layers} in 16 bits are estimated to keep the quality, but the engine does not run them"
+    estimate = {name: size if name == "size_bytes" else value for name, value in estimate.items()}
+    return Change({"modules_to_not_convert": names}, f"leave layers {layers} in 16 bits: {size} bytes", estimate)
+
+
+def _estimate(measured: Mapping[str, float], part: float) -> dict[str, float]:
+    """The quality figures when so large a part of the KL divergence remains."""
+    found = {name: measured[name] * part for name in ("mean_kl", "p99_kl") if name in measured}
+    if "perplexity_ratio" in measured:
+        found["perplexity_ratio"] = measured["perplexity_ratio"] ** part
+    if "same_top1" in measured:
+        found["same_top1"] = 1 - (1 - measured["same_top1"]) * math.sqrt(part)
+    return found
+
+
+def _losses(report: Mapping[str, Any]) -> tuple[dict[str, float], dict[int, float]]:
+    """KL divergence by cause, and each layer's own error from W4 and A8, out of a report.
+
+    Raises:
+        CheckpointError: it does not say.
+    """
+    try:
+        whole = {cause: float(report["kl"][cause]) for cause in CAUSES}
+        layers = {
+            int(layer["layer"]): sum(float(layer["causes"][cause]) for cause in WEIGHT_CAUSES)
+            for layer in report["layers"]
+        }
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"no qoq_report.json with the losses of each layer ({type(error).__name__})") from None
+    values = [*whole.values(), *layers.values()]
+    if (
+        not all(math.isfinite(value) and value >= 0 for value in values)
+        or not sum(whole.values())
+        or not any(layers.values())
+    ):
+        raise CheckpointError("qoq_report.json has no usable losses")
+    return whole, layers
+
+
+def measure_quality(found: Any) -> dict[str, float]:
+    """The figures of a `compare.Divergence`, by the limits' names."""
+    return {
+        "perplexity_ratio": found.perplexity / found.reference_perplexity,
+        "mean_kl": found.mean_kl,
+        "p99_kl": found.p99_kl,
+        "same_top1": found.same_top1,
+    }
