@@ -1,6 +1,7 @@
 """Settings from YAML: a file is exactly a frozen dataclass, an unknown key or a value of another type is an error."""
 
 import dataclasses
+import re
 import reprlib
 import types
 import typing
@@ -81,5 +82,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         require(abs(value) < 2**53, key, value, "a number below 2**53")
         return float(value)
+    if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+        return float(value)  # 1e-3, which YAML 1.1 takes for a string
     require(type(value) is kind, key, value, f"of type {kind.__name__}")
     return value

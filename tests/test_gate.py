@@ -1,0 +1,220 @@
+"""The gate: budgets, verdicts, and the change that would pass."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import only_line
+
+from qoq import gate
+from qoq.checkpoint import Checkpoint, half_linears, size_in_bytes
+from qoq.errors import RecipeError
+from qoq.gate import Budget, Change, Check
+
+GENEROUS = {"perplexity_ratio": 1e6, "mean_kl": 100, "p99_kl": 1000, "same_top1": 1e-9}
+
+
+@pytest.fixture
+def budget_file(tmp_path, text_file):
+    """Limits as keywords -> a budget file on the calibration text."""
+
+    def write(**limits):
+        path = tmp_path / "budget.yaml"
+        own = {"text": str(text_file), "seqlen": 32, "windows": 2} | limits
+        path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in own.items()))
+        return path
+
+    return write
+
+
+# Budgets
+
+
+def test_a_budget_is_read(tmp_path):
+    path = tmp_path / "b.yaml"
+    path.write_text("text: a.txt\np99_kl: 1e-3\nmean_kl: 1\nsame_top1: 0.9\ntokens_per_second: 5\nspeed: {batch_size: 2}\n")
+    found = gate.load(path)
+    assert found.limits() == {"mean_kl": 1.0, "p99_kl": 1e-3, "same_top1": 0.9, "tokens_per_second": 5.0}
+    assert (found.speed.batch_size, found.speed.output_len) == (2, 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mean_lk: 1", "unknown key mean_lk; known are text, .*mean_kl"),
+        ("speed: {batch: 1}", "unknown key speed.batch"),
+        ("text: a", "budget: None, expected at least one limit"),
+        ("mean_kl: 1", "text: None, expected a text, to measure quality on"),
+        ("{text: a, mean_kl: 0}", "mean_kl: 0.0, expected a number above 0"),
+        ("{text: a, mean_kl: .nan}", "mean_kl: nan, expected a number above 0"),
+        ("{text: a, same_top1: 95}", "same_top1: 95.0, expected a share, up to 1"),
+        ("{text: a, mean_kl: low}", "mean_kl: 'low', expected of type float"),
+        ("{size_bytes: 1.5}", "size_bytes: 1.5, expected of type int"),
+        ("{size_bytes: 1, seqlen: 1}", "seqlen: 1, expected at least 2"),
+        ("{size_bytes: 1, speed: {rounds: 0}}", "speed.rounds: 0, expected at least 1"),
+    ],
+)
+def test_a_budget_that_is_none(tmp_path, text, message):
+    path = tmp_path / "b.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=rf"b\.yaml: {message}"):
+        gate.load(path)
+
+
+def test_no_such_budget(tmp_path):
+    with pytest.raises(RecipeError, match="no such budget file"):
+        gate.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "passed"),
+    [
+        ("mean_kl", 0.1, True),
+        ("mean_kl", 0.11, False),
+        ("mean_kl", float("nan"), False),
+        ("same_top1", 0.1, True),
+        ("same_top1", 0.09, False),
+        ("same_top1", float("nan"), False),
+        ("tokens_per_second", 0.2, True),
+    ],
+)
+def test_a_limit_holds_on_its_side(name, value, passed):
+    assert Check(name, value, 0.1).passed is passed
+
+
+# The change that would pass
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint_folder):
+    return Checkpoint(checkpoint_folder())
+
+
+def with_losses(monkeypatch, folder, kl, layers):
+    """A report with these divergences by cause and these errors of layers."""
+    rows = [{"layer": i, "causes": {"w4": value, "a8": 0.0}} for i, value in enumerate(layers)]
+    monkeypatch.setattr(
+        folder, "report", lambda: {"kl": dict(zip(("w4", "a8", "k4", "v4"), kl, strict=True)), "layers": rows}
+    )
+
+
+def change_for(folder, measured, **limits):
+    budget = Budget(text="t", **limits)
+    return gate.smallest_change(folder, budget, gate.check(budget, measured))
+
+
+def test_the_worst_layer_is_named(made, monkeypatch):
+    with_losses(monkeypatch, made, (0.6, 0.2, 0.1, 0.1), (0.1, 0.3))
+    measured = {"mean_kl": 0.1, "perplexity_ratio": 1.2, "same_top1": 0.9, "p99_kl": 1.0, "size_bytes": 1e6}
+    found = change_for(made, measured, mean_kl=0.05, perplexity_ratio=1.1)
+    assert isinstance(found, Change) and found.recipe == {"modules_to_not_convert": ["model.layers.1"]}
+    part = 1 - 0.8 * 0.75
+    assert found.estimate == pytest.approx({"mean_kl": 0.1 * part, "perplexity_ratio": 1.2**part})
+    left = half_linears(made.spec, ["model.layers.1"])
+    assert f"{size_in_bytes(made.spec, 128, made.kv_cache, left)} bytes" in found.why
+    same_top1 = change_for(made, measured, same_top1=0.93)
+    assert isinstance(same_top1, Change) and same_top1.estimate["same_top1"] == pytest.approx(1 - 0.1 * part**0.5)
+
+
+def test_where_no_layer_helps(made, monkeypatch):
+    with_losses(monkeypatch, made, (0.1, 0.0, 0.5, 0.4), (0.1, 0.3))
+    assert "the 4-bit cache makes 90 % of the loss" in change_for(made, {"mean_kl": 0.1}, mean_kl=0.05)
+    monkeypatch.setattr(made, "report", lambda: {})
+    assert "no qoq_report.json with the losses" in change_for(made, {"mean_kl": 0.1}, mean_kl=0.05)
+    with_losses(monkeypatch, made, (0.0,) * 4, (0.0, 0.0))
+    assert "no usable losses" in change_for(made, {"mean_kl": 0.1}, mean_kl=0.05)
+
+
+def test_other_limits_bound_the_change(made, monkeypatch):
+    with_losses(monkeypatch, made, (0.6, 0.2, 0.1, 0.1), (0.1, 0.3))
+    size = sum(entry.bytes for entry in made.entries.values())
+    measured = {"mean_kl": 0.1, "size_bytes": float(size), "tokens_per_second": 50.0}
+    assert f"of {size} allowed" in change_for(made, measured, mean_kl=0.05, size_bytes=size)
+    assert "the engine does not run them" in change_for(made, measured, mean_kl=0.05, tokens_per_second=10.0)
+    assert "known to make it faster" in change_for(made, measured, tokens_per_second=100.0)
+    assert "quality asks for more bytes" in change_for(made, measured, mean_kl=0.05, size_bytes=size - 1)
+
+
+def test_a_smaller_layout(made):
+    size = sum(entry.bytes for entry in made.entries.values())
+    channel = size_in_bytes(made.spec, -1, made.kv_cache)
+    found = change_for(made, {"size_bytes": float(size)}, size_bytes=channel)
+    assert isinstance(found, Change) and found.recipe == {"group_size": -1}
+    assert found.estimate == {"size_bytes": channel}
+    assert "no layout" in change_for(made, {"size_bytes": float(size)}, size_bytes=channel - 1)
+
+
+# The command
+
+
+def test_accept_and_reject(qoq, checkpoint_folder, budget_file):
+    folder = checkpoint_folder()
+    size = sum(entry.bytes for entry in Checkpoint(folder).entries.values())
+    code, out, err = qoq("gate", folder, budget_file(**GENEROUS, size_bytes=size), "--json")
+    verdict = json.loads(out)
+    assert (code, verdict["verdict"], verdict["change"]) == (0, "ACCEPT", None), err
+    values = {one["name"]: one["value"] for one in verdict["checks"]}
+    assert values["size_bytes"] == size and 0 < values["mean_kl"] < values["p99_kl"] and 0 < values["same_top1"] <= 1
+    assert all(one["passed"] for one in verdict["checks"])
+
+    code, out, err = qoq("gate", folder, budget_file(**GENEROUS | {"mean_kl": values["mean_kl"] / 1.01}), "--json")
+    verdict = json.loads(out)
+    assert (code, verdict["verdict"]) == (2, "REJECT") and err == ""
+    assert [one["name"] for one in verdict["checks"] if not one["passed"]] == ["mean_kl"]
+    assert verdict["change"]["recipe"]["modules_to_not_convert"][0].startswith("model.layers.")
+    code, out, _ = qoq("gate", folder, budget_file(mean_kl=values["mean_kl"] / 1.01))
+    assert code == 2 and "REJECT\nsmallest change: leave layers" in out
+
+
+def test_the_same_figures_as_compare(qoq, llama, checkpoint_folder, budget_file, text_file):
+    options = ["--text", text_file, "--seqlen", "32", "--limit", "2", "--json"]
+    expected = json.loads(qoq("compare", llama, checkpoint_folder(), *options)[1])
+    code, out, _ = qoq("gate", checkpoint_folder(), budget_file(**GENEROUS), "--reference", llama, "--json")
+    found = {one["name"]: one["value"] for one in json.loads(out)["checks"]}
+    ratio = expected["perplexity"] / expected["reference_perplexity"]
+    names = ("mean_kl", "p99_kl", "same_top1")
+    assert code == 0 and found == pytest.approx({"perplexity_ratio": ratio} | {name: expected[name] for name in names})
+
+
+def test_speed_is_measured(qoq, checkpoint_folder, tmp_path):
+    path = tmp_path / "speed.yaml"
+    speed = "speed: {batch_size: 2, input_len: 4, output_len: 3, rounds: 1}\n"
+    for limit, expected in ((0.001, 0), (1e9, 2)):
+        path.write_text(f"tokens_per_second: {limit}\n{speed}")
+        code, out, err = qoq("gate", checkpoint_folder(), path, "--json")
+        verdict = json.loads(out)
+        assert code == expected and verdict["checks"][0]["value"] > 0.001, err
+
+
+def test_quantize_ends_at_the_gate(qoq, llama, settings_file, budget_file, tmp_path):
+    command = ["quantize", "--model", llama, "--recipe", settings_file, "--output", tmp_path / "out", "--json"]
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("mean_kl: 1\n")
+    assert "expected a text" in only_line(qoq(*command, "--gate", bad)) and not (tmp_path / "out").exists()
+    code, out, err = qoq(*command, "--gate", budget_file(**GENEROUS | {"mean_kl": 1e-9}))
+    assert code == 2 and json.loads(out)["gate"]["verdict"] == "REJECT", err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| mean_kl | " in card and "| at most 1e-09 |" in card and "2 windows of 32 tokens" in card
+    assert Checkpoint(tmp_path / "out").group_size == 128  # rejected, and kept
+
+
+def test_what_it_names_does_pass(qoq, llama, settings_file, budget_file, tmp_path, checkpoint_folder):
+    """Follow the advice: the next run is accepted."""
+    code, out, _ = qoq("gate", checkpoint_folder(), budget_file(mean_kl=1000.0), "--json")
+    measured = json.loads(out)["checks"][0]["value"]
+    budget = budget_file(mean_kl=0.8 * measured)
+    verdict = json.loads(qoq("gate", checkpoint_folder(), budget, "--json")[1])
+    names = verdict["change"]["recipe"]["modules_to_not_convert"]
+    leave = [word for name in names for word in ("--leave", name)]
+    command = ["quantize", "--model", llama, "--recipe", settings_file, "--output", tmp_path / "out", "--json"]
+    code, out, err = qoq(*command, *leave, "--gate", budget)
+    assert code == 0 and json.loads(out)["gate"]["verdict"] == "ACCEPT", (err, out)
+
+
+def test_a_gate_on_what_is_no_checkpoint(qoq, llama, budget_file):
+    assert "not a QoQ checkpoint" in only_line(qoq("gate", llama, budget_file(mean_kl=1.0)))
+
+
+def test_a_budget_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Budget(size_bytes=1).size_bytes = 2  # type: ignore[misc]
