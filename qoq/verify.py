@@ -1,7 +1,7 @@
 """Every fault of a checkpoint folder, one line each: what it is in, what was found, what was expected."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,13 +40,13 @@ def _problems(folder: Path, values: bool) -> Iterator[str]:
         return
     try:
         checkpoint = Checkpoint(folder, check=False, entries=entries)
-        found = [line for line in _headers(checkpoint, damaged)]
+        found = list(_headers(checkpoint, damaged))
         yield from found
         rotary_embedding(checkpoint.config)
     except QoqError as error:
         yield str(error)
         return
-    beside = [*_index(folder, entries, damaged), *_documents(checkpoint)]
+    beside = [*_index(checkpoint, damaged), *_documents(checkpoint)]
     yield from beside
     if values:
         wrong = list(_values(checkpoint))
@@ -99,8 +99,9 @@ def _headers(checkpoint: Checkpoint, damaged: set[str]) -> Iterator[str]:
             yield f"{name}: no tensor of this model, expected none of this name"
 
 
-def _index(folder: Path, entries: Mapping[str, Entry], damaged: set[str]) -> Iterator[str]:
+def _index(checkpoint: Checkpoint, damaged: set[str]) -> Iterator[str]:
     """Where the index and the files differ; other programs believe the index."""
+    folder, entries = checkpoint.folder, checkpoint.entries
     path = folder / shards.INDEX
     if not path.exists():
         return
@@ -116,7 +117,8 @@ def _index(folder: Path, entries: Mapping[str, Entry], damaged: set[str]) -> Ite
     if wrong:
         said = weight_map.get(wrong[0], "no file")
         yield f"{path}: says that {wrong[0]} is in {said}, it is in {entries[wrong[0]].path.name}{_more(wrong)}"
-    absent = [name for name, file in weight_map.items() if name not in entries and file not in damaged]
+    known = entries.keys() | checkpoint.expected.keys()  # those that are missing have been told
+    absent = [name for name, file in weight_map.items() if name not in known and file not in damaged]
     if absent:
         yield f"{path}: names tensor {absent[0]}, which no file has{_more(absent)}"
 

@@ -54,6 +54,7 @@ def test_linears_are_read_as_what_they_are(made):
             assert (linear.bias is not None) == (name in folder.spec.biases)
     x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0)).half()
     o = folder.linear(1, "self_attn.o_proj")
+    assert isinstance(o, HalfLinear) and o.bias is not None
     expected = torch.nn.functional.linear(x.double(), o.weight.double(), o.bias.double())
     assert o(x).dtype == torch.float16 and relative(o(x), expected) < 5e-4
 

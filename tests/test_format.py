@@ -115,7 +115,7 @@ def expected_shapes(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, t
 def test_a_checkpoint_is_what_the_page_says(checkpoint_folder, group_size):
     folder = checkpoint_folder("llama", group_size)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for file in sorted(set(index["weight_map"].values())):
         tensors |= read_file(folder / file)
     assert tensors.keys() == index["weight_map"].keys()

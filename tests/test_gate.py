@@ -32,7 +32,9 @@ def budget_file(tmp_path, text_file):
 
 def test_a_budget_is_read(tmp_path):
     path = tmp_path / "b.yaml"
-    path.write_text("text: a.txt\np99_kl: 1e-3\nmean_kl: 1\nsame_top1: 0.9\ntokens_per_second: 5\nspeed: {batch_size: 2}\n")
+    path.write_text(
+        "text: a.txt\np99_kl: 1e-3\nmean_kl: 1\nsame_top1: 0.9\ntokens_per_second: 5\nspeed: {batch_size: 2}\n"
+    )
     found = gate.load(path)
     assert found.limits() == {"mean_kl": 1.0, "p99_kl": 1e-3, "same_top1": 0.9, "tokens_per_second": 5.0}
     assert (found.speed.batch_size, found.speed.output_len) == (2, 512)

@@ -14,7 +14,7 @@ import torch
 from conftest import GROUP_SIZES, TESTS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from qoq import recipe, shards
+from qoq import recipe, shards, verify
 from qoq.calibration import pipeline
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, OutputError, QuantizationError
@@ -56,7 +56,7 @@ def test_a_run_makes_a_sound_checkpoint(checkpoint_folder, source, tiny_recipe, 
     folder = checkpoint_folder("llama", group_size)
     made = Checkpoint(folder)
     assert made.group_size == group_size
-    assert list(made.problems()) == []
+    assert verify.problems(folder) == []
     assert made.config.tie_word_embeddings is False and made.config.quantization_config["group_size"] == group_size
     assert recipe.parse((folder / "qoq_recipe.yaml").read_text()) == tiny_recipe(group_size=group_size)
     names = {"config.json", "qoq_report.json", "README.md", "tokenizer.json", shards.INDEX, SHARD}
@@ -65,7 +65,7 @@ def test_a_run_makes_a_sound_checkpoint(checkpoint_folder, source, tiny_recipe, 
 
 
 def test_every_family_makes_a_sound_checkpoint(any_checkpoint):
-    assert list(Checkpoint(any_checkpoint).problems()) == []
+    assert verify.problems(any_checkpoint) == []
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -139,7 +139,7 @@ def test_a_width_that_no_group_fits_is_refused_first(tmp_path, tiny_recipe):
         pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"))
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn", 64))
-    assert list(Checkpoint(tmp_path / "out").problems()) == []
+    assert verify.problems(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("value", [torch.nan, 1e9])
@@ -379,4 +379,4 @@ def test_a_flipped_bit_in_the_draft_is_found(source, tiny_recipe, tmp_path, monk
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"))
-    assert list(Checkpoint(tmp_path / "out").problems()) == []
+    assert verify.problems(tmp_path / "out") == []
