@@ -67,7 +67,7 @@ def judge(
     checkpoint = Checkpoint(folder)
     measured: dict[str, float] = {"size_bytes": float(sum(entry.bytes for entry in checkpoint.entries.values()))}
     if budget.tokens_per_second is not None:
-        measured["tokens_per_second"] = _speed(folder, budget, device)
+        measured["tokens_per_second"] = _speed(checkpoint, budget, device)
     if budget.measures_quality:
         measured |= _quality(checkpoint, budget, device, reference, trust_remote_code)
     checks = gates.check(budget, measured)
@@ -116,14 +116,14 @@ def _quality(
     return measure_quality(divergence(kept, model.load("runtime", device), ids))
 
 
-def _speed(folder: Path, budget: "Budget", device: str) -> float:
+def _speed(checkpoint: "Checkpoint", budget: "Budget", device: str) -> float:
     """Tokens a second of the last round, as `qoq bench throughput` finds them."""
     import numpy as np
 
     from qoq.runtime import benchmark
 
     speed, generator = budget.speed, np.random.default_rng(0)
-    engine = benchmark.load(folder, device, speed.batch_size, speed.input_len, speed.output_len)
+    engine = benchmark.load(checkpoint, device, speed.batch_size, speed.input_len, speed.output_len)
     found = 0.0
     for _ in range(speed.rounds):
         last = benchmark.run_round(engine, speed.batch_size, speed.input_len, speed.output_len, generator)

@@ -261,13 +261,11 @@ class Checkpoint:
     @cached_property
     def declared(self) -> dict[str, Any]:
         """quantization_config, empty where config.json has none."""
-        path = self.folder / "config.json"
-        try:
-            found = self.config and read_object(path).get("quantization_config") or {}
-        except ValueError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        found = getattr(self.config, "quantization_config", None) or {}
         if not isinstance(found, dict):
-            raise CheckpointError(f"{path}: quantization_config is {reprlib.repr(found)}, expected an object")
+            raise CheckpointError(
+                f"{self.folder}/config.json: quantization_config is {reprlib.repr(found)}, expected an object"
+            )
         return found
 
     @cached_property

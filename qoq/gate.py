@@ -178,10 +178,11 @@ def _with_layers(checkpoint: Checkpoint, budget: Budget, chosen: list[int], esti
             f"layers {layers} in 16 bits are estimated to keep the quality, but make {size} bytes "
             f"of {budget.size_bytes} allowed"
         )
-    if budget.tokens_per_second is not None:
-        return f"layers {layers} in 16 bits are estimated to keep the quality, but the engine does not run them"
     estimate = {name: size if name == "size_bytes" else value for name, value in estimate.items()}
-    return Change({"modules_to_not_convert": names}, f"leave layers {layers} in 16 bits: {size} bytes", estimate)
+    why = f"leave layers {layers} in 16 bits: {size} bytes"
+    if estimate.pop("tokens_per_second", None) is not None:
+        why += "; slower by what is to be measured"
+    return Change({"modules_to_not_convert": names}, why, estimate)
 
 
 def _estimate(measured: Mapping[str, float], part: float) -> dict[str, float]:

@@ -37,6 +37,11 @@ def convert(model: Any, checkpoint: Checkpoint) -> None:
         ModelError: see `models.architecture.model_spec`.
     """
     spec, decoder = checkpoint.spec, model.base_model
+    if checkpoint.half_precision:
+        name = min(checkpoint.half_precision)
+        raise ModelError(
+            f"{checkpoint.folder}: {name} is in 16 bits, which qoq's engine runs and transformers does not"
+        )
     for index, layer in enumerate(decoder.layers):
         for name in LINEARS:
             block, _, leaf = name.partition(".")

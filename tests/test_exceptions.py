@@ -4,16 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import only_line, relative
+from conftest import relative
 from safetensors.torch import load_file
 
 from qoq import checkpoint, verify
 from qoq.calibration import pipeline
 from qoq.checkpoint import Checkpoint
-from qoq.errors import CheckpointError, QuantizationError
+from qoq.errors import CheckpointError, ModelError, QuantizationError
 from qoq.models.source import open_source
 from qoq.quant import HalfLinear, QuantizedLinear
+from qoq.runtime.engine import LLMEngine
 from qoq.runtime.model import load
+from qoq.runtime.sampler import SamplingParams
 
 SHARD = "model-00001-of-00001.safetensors"
 NAMES = ("model.layers.0.mlp", "model.layers.1.self_attn.o_proj")
@@ -92,9 +94,22 @@ def test_an_interrupted_run_gives_the_same_bits(run, source_folder, tiny_recipe,
     assert (tmp_path / "again" / SHARD).read_bytes() == (run[0] / SHARD).read_bytes()
 
 
-def test_the_engine_says_that_it_does_not_run_it(qoq, made):
-    message = only_line(qoq("chat", made, "--prompt", "Hi", "--raw"))
-    assert "is in 16 bits; the engine runs 4-bit linears alone" in message
+def test_the_engine_runs_it(made):
+    """Its first token is the decoder's, and so is the probability it gives it."""
+    prompt = list(range(40))
+    engine = LLMEngine.from_checkpoint(made, "cpu", max_model_len=64, max_num_seqs=2)
+    (found,) = engine.generate([prompt], SamplingParams(max_tokens=1, logprobs=1, ignore_eos=True))
+    expected = load(made)(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+    assert found.token_ids == [int(expected.argmax())]
+    assert found.logprobs is not None
+    assert found.logprobs[0][found.token_ids[0]] == pytest.approx(float(expected.max()), abs=0.02)
+
+
+def test_transformers_says_that_it_does_not_run_it(made):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ModelError, match="is in 16 bits, which qoq's engine runs and transformers does not"):
+        AutoModelForCausalLM.from_pretrained(made)
 
 
 def test_inspect_lists_them(qoq, made):

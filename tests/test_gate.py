@@ -132,7 +132,9 @@ def test_other_limits_bound_the_change(made, monkeypatch):
     size = sum(entry.bytes for entry in made.entries.values())
     measured = {"mean_kl": 0.1, "size_bytes": float(size), "tokens_per_second": 50.0}
     assert f"of {size} allowed" in change_for(made, measured, mean_kl=0.05, size_bytes=size)
-    assert "the engine does not run them" in change_for(made, measured, mean_kl=0.05, tokens_per_second=10.0)
+    slower = change_for(made, measured, mean_kl=0.05, tokens_per_second=10.0)
+    assert isinstance(slower, Change) and "slower by what is to be measured" in slower.why
+    assert "tokens_per_second" not in slower.estimate
     assert "known to make it faster" in change_for(made, measured, tokens_per_second=100.0)
     assert "quality asks for more bytes" in change_for(made, measured, mean_kl=0.05, size_bytes=size - 1)
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.cache_utils import QuantizedCache
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from qoq import registration
+from qoq import registration, verify
 from qoq.calibration import pipeline
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, ModelError
@@ -207,7 +207,8 @@ def test_saved_is_what_was_loaded(checkpoint_folder, tmp_path, family, group_siz
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path)
     read, saved = Checkpoint(folder), Checkpoint(tmp_path)
-    assert read.entries.keys() == saved.entries.keys() and list(saved.problems()) == []
+    assert read.entries.keys() == saved.entries.keys()
+    assert [line for line in verify.problems(tmp_path) if "tokenizer" not in line] == []  # which is saved apart
     for name in read.entries:
         expected, found = read.tensor(name), saved.tensor(name)
         assert found.dtype == expected.dtype and torch.equal(found, expected), name

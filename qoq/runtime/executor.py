@@ -21,7 +21,7 @@ from qoq.models.decoder import KVTransform, Rope, rotary_embedding, visible
 from qoq.paged import PAGE, HeadNorms, rope_tables
 from qoq.runtime.batch import Batch, Prefill
 from qoq.runtime.cache import PagedCache, layout_of
-from qoq.runtime.linear import PRECISIONS, Linear, Precision, load_linear
+from qoq.runtime.linear import PRECISIONS, Precision, Stage, load_linear
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Layer:
     """A decoder layer as the step runs it; norms are float16."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Stage
     kv: KVTransform
     head_norms: HeadNorms | None
     window: int | None
-    o: Linear
+    o: Stage
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Stage
+    down: Stage
 
 
 class Executor:
@@ -63,13 +63,13 @@ class Executor:
     ):
         if precision not in PRECISIONS:
             raise QoqError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
-        self.spec, self.device, self.precision = checkpoint.spec, device, PRECISIONS[precision]
+        self.spec, self.device = checkpoint.spec, device
         self.max_pages = -(-max_model_len // PAGE)
         self.cache = PagedCache.allocate(self.spec, layout_of(self.spec, bits), 0, device)
         self.clip_ratios = checkpoint.kv_cache.clip_ratios if bits == 4 else (1.0,)
         self.embedding = checkpoint.tensor(EMBEDDING).to(device)
         layers = range(self.spec.num_layers)
-        self.layers = [load_layer(checkpoint, index, device, self.precision) for index in layers]
+        self.layers = [load_layer(checkpoint, index, device, PRECISIONS[precision]) for index in layers]
         self.norm = checkpoint.tensor(FINAL_NORM).to(device)
         # half precision has no fast product on a CPU
         self.lm_head = checkpoint.tensor(LM_HEAD).to(device, torch.float32 if device.type == "cpu" else torch.float16)
@@ -85,12 +85,12 @@ class Executor:
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         """Store the tokens' K and V; the residual stream behind the last layer, (T, hidden) float16."""
-        x, eps, to = self.embedding[batch.ids], self.spec.rms_norm_eps, self.precision
+        x, eps = self.embedding[batch.ids], self.spec.rms_norm_eps
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
-            qkv = layer.qkv(to.norm(x, layer.input_norm, eps), None)
-            x = layer.o(to.rows(self._attend(layer, cache, qkv, batch)), x)
-            gate_up = layer.gate_up(to.norm(x, layer.post_norm, eps), None)
-            x = layer.down(to.silu_mul(gate_up), x)
+            qkv = layer.qkv.linear(layer.qkv.to.norm(x, layer.input_norm, eps), None)
+            x = layer.o.linear(layer.o.to.rows(self._attend(layer, cache, qkv, batch)), x)
+            gate_up = layer.gate_up.linear(layer.gate_up.to.norm(x, layer.post_norm, eps), None)
+            x = layer.down.linear(layer.down.to.silu_mul(gate_up), x)
         return x
 
     @torch.inference_mode()
@@ -177,7 +177,7 @@ def load_layer(checkpoint: Checkpoint, index: int, device: torch.device, precisi
     norms = {name: checkpoint.tensor(f"{prefix}{name}.weight").to(device) for name in spec.norm_shapes()}
     offsets = [checkpoint.tensor(prefix + name) for name in OFFSETS] if checkpoint.kv_cache.offset else []
 
-    def linear(block: str, *names: str) -> Linear:
+    def linear(block: str, *names: str) -> Stage:
         return load_linear(checkpoint, index, [f"{block}.{name}_proj" for name in names], device, precision)
 
     return Layer(

@@ -57,7 +57,7 @@ class UnpackedLinear:
         """As `PackedLinear.of`."""
         linear = unpack_linear(name, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
         weight = linear.weight
-        assert not isinstance(weight, Tensor), f"{name}: `load_linear` lets no linear in 16 bits through"
+        assert not isinstance(weight, Tensor), f"{name}: in 16 bits, which `load_linear` gives to FloatLinear"
         szero = weight.szero if isinstance(weight, ChannelWeight) else None
         return UnpackedLinear(weight.integers(), weight.s1, szero, linear.bias)
 
@@ -80,7 +80,7 @@ class FloatLinear:
     def of(tensors: Mapping[str, Tensor], name: str) -> "FloatLinear":
         """As `PackedLinear.of`."""
         linear = unpack_linear(name, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-        weight = linear.weight.dequantize().to(torch.float16)
+        weight = linear.matrix().to(torch.float16)
         dtype = torch.float32 if weight.device.type == "cpu" else torch.float16
         return FloatLinear(weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
 
@@ -115,27 +115,38 @@ PRECISIONS: Mapping[str, Precision] = {
 }
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Linears that read one input, run as one, and the passes that give them that input."""
+
+    linear: Linear
+    to: Precision
+
+
 def load_linear(
     checkpoint: Checkpoint, index: int, names: Sequence[str], device: torch.device, precision: Precision
-) -> Linear:
-    """The linears `names` of layer `index`, which have the same input, as one.
+) -> Stage:
+    """The linears `names` of layer `index`, which have the same input, as one; in FP16 if the checkpoint has them so.
 
     Raises:
         CheckpointError: a group that cannot be multiplied exactly; names the linears.
     """
-    left = checkpoint.half_precision.intersection(f"model.layers.{index}.{name}" for name in names)
-    if left:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {min(left)} is in 16 bits; the engine runs 4-bit linears alone (qoq eval runs it)"
-        )
+    if is_half(checkpoint, index, names):
+        precision = PRECISIONS["fp16"]
     tensors = {suffix: x.to(device) for suffix, x in joined_tensors(checkpoint, index, names).items()}
-    return precision.linear(tensors, f"model.layers.{index}.{'+'.join(names)}")
+    return Stage(precision.linear(tensors, f"model.layers.{index}.{'+'.join(names)}"), precision)
+
+
+def is_half(checkpoint: Checkpoint, index: int, names: Sequence[str]) -> bool:
+    """Whether these linears of layer `index` were left in 16 bits: all of one input, or none."""
+    return f"model.layers.{index}.{names[0]}" in checkpoint.half_precision
 
 
 def joined_tensors(checkpoint: Checkpoint, index: int, names: Sequence[str]) -> dict[str, Tensor]:
     """Suffix -> tensors of several linears, one behind the other along N."""
     tensors = {}
-    for suffix in linear_tensors(0, 0, checkpoint.group_size, names[0] in checkpoint.spec.biases):
+    half = is_half(checkpoint, index, names)
+    for suffix in linear_tensors(0, 0, checkpoint.group_size, names[0] in checkpoint.spec.biases, half):
         parts = [checkpoint.tensor(f"model.layers.{index}.{name}.{suffix}") for name in names]
         tensors[suffix] = torch.cat(parts, dim=1 if suffix.startswith("s2_") else 0)
     return tensors
