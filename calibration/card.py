@@ -14,6 +14,15 @@ from qoq.recipe import Recipe
 MEASURED = "<!-- measured -->", "<!-- /measured -->"  # around what `with_measurements` replaces
 CAUSES = {"w4": "weights (W4)", "a8": "activations (A8)", "k4": "keys (K4)", "v4": "values (V4)", "all": "all of them"}
 
+IMPORTING = """In transformers, `import qoq` must come first. Without it `from_pretrained` only warns of an unknown
+quantization type and goes on with random weights.
+
+    import qoq
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("FOLDER")
+
+"""
+
 CARD = """---
 {metadata}---
 # {title}
@@ -33,18 +42,11 @@ qoq serve FOLDER --device cuda      # OpenAI's API
 | engine | opens this folder | runs |
 | --- | --- | --- |
 | qoq | as it is | W4A8KV4 |
-| transformers | after `import qoq`, which registers the format | W4A8 |
+| transformers | {transformers} |
 | vLLM, and others that read compressed-tensors | after `qoq convert FOLDER --to compressed-tensors` | {vllm} |
-| QServe / OmniServe; SGLang 0.4.7 to 0.5.15 | {qserve} |
+{qserve}
 
-In transformers, `import qoq` must come first. Without it `from_pretrained` only warns of an unknown quantization type
-and goes on with random weights.
-
-    import qoq
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("FOLDER")
-
-## How it was made
+{importing}## How it was made
 
 | | |
 | --- | --- |
@@ -86,7 +88,9 @@ def text(
         version=report["version"],
         recipe=settings.name,
         exceptions=_exceptions(half_precision),
-        vllm="the same 4-bit weights, 16-bit activations" if group != 64 else "4-bit weights, 16-bit activations",
+        transformers="no | nothing" if half_precision else "after `import qoq`, which registers the format | W4A8KV4",
+        importing="" if half_precision else IMPORTING,
+        vllm="the same 4-bit weights, 16-bit activations",
         qserve=_qserve(group, half_precision),
         base=f"[{source.name}](https://huggingface.co/{source.name})" if hub_id else name,
         layout=layout,
@@ -158,16 +162,19 @@ def _exceptions(half_precision: Collection[str]) -> str:
         return ""
     layers = sorted({int(name.split(".")[2]) for name in half_precision})
     return (
-        f"{len(half_precision)} linears, in layers {', '.join(map(str, layers))}, are left in 16 bits; "
-        "`config.json` lists them under `modules_to_not_convert`.\n"
+        f"Linears left in 16 bits: {len(half_precision)}, in layers {', '.join(map(str, layers))}; `config.json` lists "
+        "them under `modules_to_not_convert`.\n"
     )
 
 
 def _qserve(group: int, half_precision: Collection[str]) -> str:
     if group == 64 or half_precision:
         what = "groups of 64" if group == 64 else "linears in 16 bits"
-        return f"no: {what} are an extension of qoq | nothing"
-    return "after `qoq convert FOLDER --to qserve` | W4A8, QServe with its own KV4"
+        return f"| QServe / OmniServe, SGLang | no: {what} are an extension of qoq | nothing |"
+    return (
+        "| SGLang 0.4.7 to 0.5.15 | as it is | W4A8 |\n"
+        "| QServe / OmniServe | after `qoq convert FOLDER --to qserve` | W4A8KV4, with a plain KV4 |"
+    )
 
 
 def _passes(settings: Recipe) -> str:

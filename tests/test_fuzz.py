@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ TOKENIZER = make_tokenizer()
 ODD = st.sampled_from(
     [None, True, -1, 0, 1, 2**63, 10**12, 10**30, 1.5, float("nan"), float("inf"), "", "x", "\ud800", "a\nb", "\x1b[2J"]
     + [[], [1], [[[]]], {}, {"a": 1}, "../x", "/dev/zero", "a" * 300, "128"]
-)
+).map(deepcopy)  # documents are changed in place
 
 
 def attempt(read: Callable[[], object]) -> None:

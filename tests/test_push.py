@@ -172,7 +172,8 @@ def test_what_runs_it_depends_on_the_layout(write):
     assert "convert FOLDER --to qserve" in write()
     assert "groups of 64 are an extension of qoq | nothing" in write(group_size=64)
     text = write(left=["model.layers.10.mlp.down_proj", "model.layers.2.mlp.down_proj"])
-    assert "2 linears, in layers 2, 10, are left in 16 bits" in text and "linears in 16 bits are an extension" in text
+    assert "Linears left in 16 bits: 2, in layers 2, 10;" in text and "| transformers | no | nothing |" in text
+    assert "import qoq" in write() and "import qoq" not in text and "linears in 16 bits are an extension" in text
 
 
 def test_measurements_have_a_place(write):
