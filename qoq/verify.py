@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qoq import packing, recipe, shards
-from qoq.checkpoint import Checkpoint
+from qoq.checkpoint import Checkpoint, Kinds
 from qoq.errors import CheckpointError, QoqError, printable
 from qoq.models.architecture import LINEARS
 from qoq.models.decoder import rotary_embedding
@@ -46,10 +46,10 @@ def _problems(folder: Path, values: bool) -> Iterator[str]:
     except QoqError as error:
         yield str(error)
         return
-    beside = [*_index(checkpoint, damaged), *_documents(checkpoint)]
-    yield from beside
+    yield from _index(checkpoint, damaged)
+    yield from _documents(checkpoint)
     if values:
-        wrong = list(_values(checkpoint))
+        wrong = list(_values(checkpoint)) if _expected(checkpoint) else []
         yield from wrong
         if not (found or damaged or wrong):
             yield from _hashes(checkpoint)
@@ -81,10 +81,8 @@ def _read_entries(folder: Path, found: list[str]) -> tuple[dict[str, Entry], set
 
 def _headers(checkpoint: Checkpoint, damaged: set[str]) -> Iterator[str]:
     """As `Checkpoint.header_problems`, but what is lost with a damaged file is told once."""
-    lines = checkpoint.header_problems()
-    try:
-        expected = checkpoint.expected
-    except CheckpointError:
+    lines, expected = checkpoint.header_problems(), _expected(checkpoint)
+    if not expected:
         yield from lines
         return
     if not damaged:
@@ -97,6 +95,14 @@ def _headers(checkpoint: Checkpoint, damaged: set[str]) -> Iterator[str]:
     for name in checkpoint.entries:
         if name not in expected and not name.endswith(FOREIGN):
             yield f"{name}: no tensor of this model, expected none of this name"
+
+
+def _expected(checkpoint: Checkpoint) -> Kinds:
+    """The tensors that config.json promises, none where it is at fault."""
+    try:
+        return checkpoint.expected
+    except CheckpointError:
+        return {}
 
 
 def _index(checkpoint: Checkpoint, damaged: set[str]) -> Iterator[str]:
@@ -117,7 +123,7 @@ def _index(checkpoint: Checkpoint, damaged: set[str]) -> Iterator[str]:
     if wrong:
         said = weight_map.get(wrong[0], "no file")
         yield f"{path}: says that {wrong[0]} is in {said}, it is in {entries[wrong[0]].path.name}{_more(wrong)}"
-    known = entries.keys() | checkpoint.expected.keys()  # those that are missing have been told
+    known = entries.keys() | _expected(checkpoint).keys()  # those that are missing have been told
     absent = [name for name, file in weight_map.items() if name not in known and file not in damaged]
     if absent:
         yield f"{path}: names tensor {absent[0]}, which no file has{_more(absent)}"
