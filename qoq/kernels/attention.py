@@ -5,6 +5,7 @@ too; attention is compared with float64 within a bound that the tests state.
 """
 
 import math
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ WARP = 32
 APPEND_WARPS, APPEND_TOKENS, GATHER_THREADS, GATHER_DIMS = 8, 4, 256, 8  # as in the sources
 # Also as in decode.cu: pages that one block takes at most until a sequence has MAX_SPLITS splits, and limits.
 SPLIT_PAGES, MAX_SPLITS, MAX_BATCH, COLUMNS = 16, 32, 1024, 8
-STEP = 16  # tokens that a warp takes at once
-MAX_STAGES = 4
-# Shared memory of a multiprocessor, and what a block needs of it beside the rings.
+STEP, QUEUE = 16, 4  # tokens that a warp takes at once, items that a block knows ahead
+MAX_SLOTS = 32
+# Shared memory of a multiprocessor, and what a block needs beside the dynamic.
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_87": 164 << 10, "sm_90a": 228 << 10, "sm_100": 228 << 10, "sm_103": 228 << 10}
 LEAST_SHARED_BYTES = 100 << 10
-BLOCK_BYTES = 6 << 10
+OVERLAPPING = "sm_90a", "sm_100", "sm_103"  # with memory for a block of this launch and one of the next
+BLOCK_BYTES = 3 << 10
 
 
 # What is compiled
@@ -38,27 +40,36 @@ BLOCK_BYTES = 6 << 10
 class Tile:
     """How decode attention occupies a multiprocessor."""
 
-    warps: int  # in a block
-    stages: int  # of copies in a warp's ring
-    blocks: int  # on a multiprocessor
+    warps: int  # in a block, without the one that copies
+    slots: int  # of copies in a block's ring
+    blocks: int  # that fit a multiprocessor
 
     @staticmethod
     def of(layout: Layout, arch: str) -> "Tile":
-        """Many warps where their registers and at least two stages fit."""
+        """At least two slots for each warp; half of the card's memory if that will do, where launches overlap."""
         shared = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
-        bits = layout.head_dim * layout.bits  # of a row: sums and queries take registers with it
-        for warps, blocks, most in ((8, 2, 512), (4, 3, 1024), (4, 2, 2048), (2, 2, 4096), (2, 1, 4096)):
-            stages = (shared // blocks - BLOCK_BYTES) // (warps * stage_bytes(layout))
-            if bits <= most and stages >= 2:
-                return Tile(warps, min(stages, MAX_STAGES), blocks)
+        halves = 2 if arch in OVERLAPPING else 1
+        most = 4 if layout.head_dim > 128 or layout.bits > 4 else 8  # by registers; more bits need fewer warps a byte
+        for warps, blocks in ((most, halves), (most, 1), (4, 1), (2, 1)):
+            room = shared // blocks - BLOCK_BYTES - Tile(warps, 0, blocks).shared_bytes(layout)
+            slots = room // stage_bytes(layout)
+            if slots >= 2 * warps:
+                return Tile(warps, min(slots, MAX_SLOTS), blocks)
         raise AssertionError(f"{layout} does not fit {arch}")
 
-    def ring_bytes(self, layout: Layout) -> int:
-        return self.warps * self.stages * stage_bytes(layout)
+    @property
+    def grid_blocks(self) -> int:
+        """Blocks that a launch starts on a multiprocessor."""
+        return int(os.environ.get("QOQ_GRID", "1"))
+
+    def shared_bytes(self, layout: Layout) -> int:
+        """Dynamic: the ring, queries, each warp's results."""
+        queries, results = QUEUE * COLUMNS * (2 * layout.head_dim + 16), COLUMNS * (layout.head_dim + 4) * 4
+        return self.slots * stage_bytes(layout) + queries + self.warps * results
 
 
 def stage_bytes(layout: Layout) -> int:
-    """What a warp copies at once."""
+    """What a warp takes at once."""
     return layout.record_bytes * STEP // PAGE
 
 
@@ -79,7 +90,12 @@ def _append_defines(layout: Layout, clip_ratios: tuple[float, ...]) -> dict[str,
 
 
 def _decode_defines(layout: Layout, tile: Tile) -> dict[str, int | str]:
-    return _layout_defines(layout) | {"WARPS": tile.warps, "STAGES": tile.stages, "BLOCKS": tile.blocks}
+    return _layout_defines(layout) | {
+        "WARPS": tile.warps,
+        "SLOTS": tile.slots,
+        "BLOCKS": tile.blocks,
+        "PREFETCHED": int(os.environ.get("QOQ_PREFETCH", "147456")),
+    }
 
 
 DECODE_CODE = (r"HMMA\.16816\.F32", r"LDSM\.16\.MT88\.4", r"MOVM\.16\.MT88", r"LDGSTS\.E\.BYPASS\.128")
@@ -323,11 +339,11 @@ def _decode_cuda(
     tile = _tile(layout, q.device)
     kernels = module("decode.cu", q.device, _decode_defines(layout, tile))
     items = batch * kv_heads * -(-group // COLUMNS) * splits
-    grid = min(items, tile.blocks * kernels.multiprocessors)
+    grid = min(items, tile.grid_blocks * kernels.multiprocessors)
     tensors = q, cache, block_tables, context_lens, v_offset, out, partials, counters
-    sizes = batch, kv_heads, group, max_pages, splits, window
+    sizes = batch, kv_heads, group, max_pages, cache.shape[0], splits, window
     args = (*tensors, scale * math.log2(math.e), *sizes)
-    kernels.launch("kv_decode", (grid, 1, 1), tile.warps * WARP, args, tile.ring_bytes(layout))
+    kernels.launch("kv_decode", (grid, 1, 1), (tile.warps + 1) * WARP, args, tile.shared_bytes(layout))
 
 
 def _decode_cpu(

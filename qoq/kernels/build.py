@@ -292,6 +292,10 @@ class Module:
                 f"{self._source}: the driver cannot load {name} for {self.architecture} ({_first_line(error)}); "
                 f"it is probably older than NVRTC {_nvrtc_version()}: update the driver"
             ) from error
+        # Kernels share a multiprocessor only if they divide its L1 and shared memory alike.
+        carveout = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        if self._overlap and os.environ.get("QOQ_CARVEOUT", "1") == "1":
+            self._driver.cuKernelSetAttribute(carveout, 100, kernel.handle, self.device.index)
         return kernel
 
     def _raise_shared_limit(self, name: str, kernel: Any, shared_bytes: int) -> None:

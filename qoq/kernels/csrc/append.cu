@@ -16,9 +16,9 @@
 constexpr int LANES = 32, WARPS = 8;
 constexpr uint32_t ALL_LANES = 0xffffffff;
 constexpr int TEAM = 8, TEAMS = LANES / TEAM;  // lanes of a token, tokens of a warp
-constexpr int PAIRS = HEAD_DIM / 16, VALUES = 2 * PAIRS;             // of a lane
-constexpr int POWER = PAIRS <= 4 ? 4 : PAIRS <= 8 ? 8 : 16;          // PAIRS or more
-constexpr int HALF_DIM = HEAD_DIM / 2, HALF_VALUES = VALUES / 2;     // RoPE pairs dims i and i + HALF_DIM
+constexpr int PAIRS = HEAD_DIM / 16, VALUES = 2 * PAIRS;          // of a lane
+constexpr int POWER = PAIRS <= 4 ? 4 : PAIRS <= 8 ? 8 : 16;       // PAIRS or more
+constexpr int HALF_DIM = HEAD_DIM / 2, HALF_VALUES = VALUES / 2;  // RoPE pairs dims i and i + HALF_DIM
 constexpr int ROTATED = HEAD_DIM & -HEAD_DIM;  // dims of a Hadamard block: the largest power of two in HEAD_DIM
 constexpr float LEVELS = (1 << BITS % 16) - 1;
 constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: added and taken off again, it rounds half to even
@@ -132,8 +132,7 @@ struct Grid {
     Grid() = default;
     __device__ __forceinline__ Grid(float low, float width, float ratio, float margin) {
         const float around = __fadd_rn(low, __fmul_rn(width, margin));
-        const float2 both =
-            __half22float2(__floats2half2_rn(__fdiv_rn(__fmul_rn(width, ratio), LEVELS), around));
+        const float2 both = __half22float2(__floats2half2_rn(__fdiv_rn(__fmul_rn(width, ratio), LEVELS), around));
         scale = both.x, minimum = both.y;
         inverse = scale == 0.0f ? 0.0f : __frcp_rn(scale);
     }
@@ -229,8 +228,8 @@ struct alignas(PIECE) Piece {
 };
 
 // `row` and `grid` are the token's in the record, `codes` the team's scratch. Nothing is stored where `kept` is false.
-__device__ __forceinline__ void store(const float (&x)[VALUES], unsigned char* row, unsigned char* grid, unsigned char* codes, bool kept,
-                      int lane) {
+__device__ __forceinline__ void store(const float (&x)[VALUES], unsigned char* row, unsigned char* grid,
+                                      unsigned char* codes, bool kept, int lane) {
     if constexpr (BITS == 16) {
         if (kept) store_halves(x, reinterpret_cast<__half*>(row), lane);
     } else {

@@ -2,98 +2,40 @@
 //
 //   out[b, h] = sum_t softmax_t(scale * q[b, h] . K[t]) V[t]  (+ the value offset),   t over the cached tokens of b
 //
-// A block takes items: (sequence, KV head, up to 8 of its query heads, a split of the tokens). Splits depend on the
-// sequence's length alone, and every sum has one order, so a sequence gets the same bits in any batch. The grid has as
-// many blocks as fit; each starts with the item of its number and then draws tickets, so ragged batches balance.
-// The last block to finish a split of a sequence and head merges them all.
+// Items are (sequence, KV head, up to 8 of its query heads, a split of the tokens). Splits depend on the sequence's
+// length alone, and every sum has one order, so a sequence gets the same bits in any batch. A block starts with the
+// item of its number and then draws tickets, so ragged batches balance.
 //
-// In a block every warp has its own tokens, 16 at a time in a ring of STAGES asynchronous copies, and its own running
-// softmax; nothing is shared until the end. Both products run on the tensor cores with the tokens or dims as the 16
-// rows and the 8 query heads as columns: S^T = K Q^T, O^T = V^T P^T. Codes become operands by mask and magic exponent
-// (common/kv_operands.cuh) with no multiplication; with K = code * s + m for a token and V alike,
+// In a block one warp finds the items and copies, steps of 16 tokens into a ring in shared memory, far ahead of the
+// others and on from item to item without a stop; the others take every WARPS-th step of an item (common/kv_attend.cuh)
+// and add up what they have at its end. The block that finishes the last split of a sequence and head merges them all,
+// at the end of its next item: then only one warp has had to wait to learn that it was the last.
 //
-//   score = s * (sum_d (offset_d + code_d) q_d - sum_d offset_d q_d) + m * sum_d q_d
-//   out   = unit * (sum_t P' (offset + code / unit) - offset * sum_t P') + sum_t P' m / s,    P' = fp16(P * s * gain)
+// Before the kernel's predecessor has ended, a block brings the pages of its first item into L2. It may see an old
+// table then, which does no harm.
 //
-// so scales and minima cost few operations a score. gain, a power of two, keeps P' in fp16's range; all sums weigh the
-// tokens with the rounded P', or values of both signs would not cancel. Probabilities are relative to a base that is
-// moved, and what was summed rescaled, only when a score exceeds it by far: most steps need no maximum over the lanes.
-//
-// Bound by memory: a step of 16 tokens is 2176 bytes at 128 dims in 4 bits and about 290 instructions of a warp.
-// Defines: HEAD_DIM, BITS (common/kv_page.cuh), WARPS, STAGES, BLOCKS (a multiprocessor).
+// Bound by memory: a step is 2176 bytes at 128 dims in 4 bits and about 230 instructions of a warp.
+// Defines: HEAD_DIM, BITS (common/kv_page.cuh), WARPS that compute, SLOTS of the ring, BLOCKS (a multiprocessor),
+// PREFETCHED bytes that a block asks for early, at most.
 
-#include <cuda_fp16.h>
-
-#include "common/kv_operands.cuh"
-#include "common/kv_page.cuh"
-#include "common/mma.cuh"
-#include "common/mma_f16.cuh"
+#include "common/barrier.cuh"
+#include "common/kv_attend.cuh"
 #include "common/overlap.cuh"
-#include "common/types.cuh"
 
-constexpr int LANES = 32, THREADS = WARPS * LANES;
-constexpr uint32_t ALL_LANES = 0xffffffff;
-constexpr int STEP = 16;  // tokens a warp takes at once
-constexpr int HEADS = 8;  // query heads of an item: the columns of a product
-constexpr int K_STEPS = HEAD_DIM / 16, V_TILES = HEAD_DIM / 16;
-constexpr int CHUNK = 16, CHUNKS = ROW / CHUNK;  // bytes of a copy, copies of a row
-constexpr bool CODED = BITS < 16;
-
-constexpr int STAGE_GRIDS = 2 * STEP * ROW;  // K rows, V rows, grids
-constexpr int STAGE_BYTES = STAGE_GRIDS + STEP * GRID;
-constexpr int RING_BYTES = STAGES * STAGE_BYTES;  // of a warp
-constexpr int RESULT_ROW = HEAD_DIM + 4;          // floats of a head in shared memory; 4 spread the banks
-static_assert(HEADS * RESULT_ROW * 4 <= RING_BYTES, "a warp leaves its result in its own ring");
+constexpr int THREADS = WARPS * LANES;  // that compute
+constexpr int QUEUE = 4;                // items that have been found at most and are not finished
+constexpr int QUERY_BYTES = HEADS * QUERY_ROW, RESULT_BYTES = HEADS * RESULT_ROW * 4;
+constexpr int RING_BYTES = SLOTS * STAGE_BYTES;
+constexpr int CONSUMERS = 1;           // the barrier of the threads that compute
 
 // qoq/kernels/attention.py knows these three.
 constexpr int SPLIT_PAGES = 16;  // a longer sequence is split, evenly
 constexpr int MAX_SPLITS = 32;
 constexpr int MAX_BATCH = 1024;
+static_assert(MAX_SPLITS <= LANES && MAX_BATCH <= LANES * LANES, "one lane each, or one lane a group");
 
-// Probabilities are 2^(score - base). A base is the largest score minus RAISED when it is set, and is set anew when a
-// score exceeds it by LIMIT: then fp16 holds them all, and few are lost below its range.
-constexpr float RAISED = 7.0f, LIMIT = 15.0f;
-constexpr float NO_SCORE = -1e30f;      // finite, so that differences of two are 0
-constexpr float MASKED = -1e38f;        // far below
-constexpr float LARGEST_SCALE = 0.25f;  // what gain makes of the largest value scale seen, up to a factor of 4
-
-__device__ __forceinline__ float2 half_pair(uint32_t bits) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
-}
-
-__device__ __forceinline__ uint32_t half_bits(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-// 16-byte chunks of row r stand in shared memory at chunk ^ swizzle(r): eight rows then start in eight different banks.
-constexpr int SWIZZLE_BITS = CHUNKS % 8 == 0 ? 3 : CHUNKS % 4 == 0 ? 2 : CHUNKS % 2 == 0 ? 1 : 0;
-__device__ __forceinline__ int swizzle(int row) { return row >> (3 - SWIZZLE_BITS) & ((1 << SWIZZLE_BITS) - 1); }
-
-// What lane (g, t) reads of a K row: UNITS pieces of UNIT bytes. Any order of the dims will do, as long as q has the
-// same; this one has no bank conflicts.
-constexpr int UNIT = ROW % 64 == 0 ? 16 : ROW % 32 == 0 ? 8 : 4, UNITS = ROW / 4 / UNIT;
-__device__ __forceinline__ int unit_offset(int unit, int t) {
-    return UNIT * (ROW % 128 == 0 ? unit / 2 * 8 + 2 * t + unit % 2 : 4 * unit + t);
-}
-
-using Keys = KeyWords<BITS>;
-using Values = ValueWord<BITS>;
-
-struct Unit {
-    uint32_t word[UNIT / 4];
-    __device__ __forceinline__ explicit Unit(const unsigned char* from) {
-        if constexpr (UNIT == 16) {
-            const uint4 all = *reinterpret_cast<const uint4*>(from);
-            word[0] = all.x, word[1] = all.y, word[2] = all.z, word[3] = all.w;
-        } else if constexpr (UNIT == 8) {
-            const uint2 all = *reinterpret_cast<const uint2*>(from);
-            word[0] = all.x, word[1] = all.y;
-        } else {
-            word[0] = *reinterpret_cast<const uint32_t*>(from);
-        }
-    }
-};
+// Dynamic shared memory: the ring, then the queries of the items in the queue, then the results of the warps.
+constexpr int QUERIES = RING_BYTES, RESULTS = QUERIES + QUEUE * QUERY_BYTES;
 
 // The tokens of a sequence that attention reads, and their splits.
 struct Splits {
@@ -115,536 +57,385 @@ struct Splits {
     }
 };
 
-// before[b] = splits of the sequences before b, the first of each not counted. Returns their number in all.
-__device__ int count_more_splits(const int32_t* context_lens, int batch, int window, int* before) {
-    __shared__ int of_warp[WARPS];
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    int done = 0;
-    for (int start = 0; start < batch; start += THREADS) {
-        const int b = start + threadIdx.x;
-        const int count = b < batch ? Splits(context_lens[b], window).count - 1 : 0;
-        int sum = count;
+struct Arguments {
+    const __half* q;
+    const unsigned char* cache;
+    const int32_t *block_tables, *context_lens;
+    int batch, kv_heads, group, max_pages, cache_pages, window;
+
+    __device__ int head_blocks() const { return (group + HEADS - 1) / HEADS; }
+    __device__ int columns() const { return kv_heads * head_blocks(); }
+    __device__ int first_splits() const { return batch * columns(); }
+    // From L2, since it may be read before it is certain; and then it may be anything.
+    __device__ int length(int b) const { return min(max(__ldcg(context_lens + b), 0), max_pages * PAGE); }
+};
+
+// Items by number: the first split of every sequence, then the others. For one warp.
+struct Items {
+    const Arguments& of;
+    int before;  // splits, but for the first of each, of the sequences before 32 * lane
+    int count;   // items in all, once they are counted
+
+    // Such splits of the lane's sequence among those from 32 * chunk on, then of all of these before it.
+    __device__ int splits_of(int chunk, int& earlier) const {
+        const int lane = threadIdx.x % LANES, b = chunk * LANES + lane;
+        const int own = b < of.batch ? Splits(of.length(b), of.window).count - 1 : 0;
+        int sum = own;
 #pragma unroll
         for (int distance = 1; distance < LANES; distance *= 2) {
             const int other = __shfl_up_sync(ALL_LANES, sum, distance);
             if (lane >= distance) sum += other;
         }
-        if (lane == LANES - 1) of_warp[warp] = sum;
-        __syncthreads();
-        int earlier = done;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            if (w < warp) earlier += of_warp[w];
-            done += of_warp[w];
-        }
-        if (b < batch) before[b] = earlier + sum - count;
-        __syncthreads();
-    }
-    return done;
-}
-
-// The last sequence with before[b] <= split.
-__device__ int sequence_of(int split, const int* before, int batch) {
-    int low = 0, high = batch;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        (before[middle] <= split ? low : high) = middle;
-    }
-    return low;
-}
-
-// The queries of an item as B operands, in the order of dims in which `Keys` takes K apart, with their sums.
-struct Queries {
-    uint32_t b[K_STEPS][2];
-    float minus_offsets[2];  // of heads 2t, 2t+1: -sum_d offset_d q_d
-    float sums[2];           // sum_d q_d
-
-    // Head g of `heads` is at q + g * HEAD_DIM; the other columns are zero.
-    __device__ void load(const __half* q, int heads) {
-        const int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-        const unsigned char* row = reinterpret_cast<const unsigned char*>(q + g * HEAD_DIM);
-#pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit) {
-#pragma unroll
-            for (int word = 0; word < UNIT / 4; word += Keys::WORDS) {
-                const int dim = unit_offset(unit, t) * 8 / BITS + word * 32 / BITS;
-                const int step = (unit * UNIT / 4 + word) / Keys::WORDS * Keys::STEPS;
-                if constexpr (BITS == 4) {
-                    const uint4 raw = g < heads ? *reinterpret_cast<const uint4*>(row + 2 * dim) : uint4{};
-                    b[step][0] = __byte_perm(raw.x, raw.z, 0x5410);  // dims 0, 4
-                    b[step][1] = __byte_perm(raw.x, raw.z, 0x7632);
-                    b[step + 1][0] = __byte_perm(raw.y, raw.w, 0x5410);
-                    b[step + 1][1] = __byte_perm(raw.y, raw.w, 0x7632);
-                } else {
-                    const uint2 raw = g < heads ? *reinterpret_cast<const uint2*>(row + 2 * dim) : uint2{};
-                    b[step][0] = raw.x;
-                    b[step][1] = raw.y;
-                }
-            }
-        }
-        if constexpr (CODED) sum_up();
+        earlier = sum - own;
+        return __shfl_sync(ALL_LANES, sum, LANES - 1);
     }
 
-    __device__ void sum_up() {
-        float low = 0.0f, high = 0.0f;  // of the dims in `low` and in `high` of Keys
-#pragma unroll
-        for (int step = 0; step < K_STEPS; ++step) {
-            const float2 first = half_pair(b[step][0]), second = half_pair(b[step][1]);
-            low += first.x + first.y;
-            high += second.x + second.y;
+    __device__ void count_all() {
+        const int lane = threadIdx.x % LANES;
+        int sum = 0, unused;
+        for (int chunk = 0; chunk * LANES < of.batch; ++chunk) {
+            if (lane == chunk) before = sum;
+            sum += splits_of(chunk, unused);
         }
-        float offsets = -(Keys::LOW * low + Keys::HIGH * high), sum = low + high;
-#pragma unroll
-        for (int lanes = 1; lanes < 4; lanes *= 2) {
-            offsets += __shfl_xor_sync(ALL_LANES, offsets, lanes);
-            sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
-        }
-        const int t = threadIdx.x % 4;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {  // head g is in lanes 4g..4g+3, wanted are heads 2t and 2t+1
-            minus_offsets[i] = __shfl_sync(ALL_LANES, offsets, 4 * (2 * t + i));
-            sums[i] = __shfl_sync(ALL_LANES, sum, 4 * (2 * t + i));
-        }
+        if (lane * LANES >= of.batch) before = sum + 1;  // none is there
+        count = of.first_splits() + sum * of.columns();
+    }
+
+    // Sequence and split of split `nth` of those that are not a sequence's first.
+    __device__ void find(int nth, int& b, int& split) const {
+        const int chunk = __popc(__ballot_sync(ALL_LANES, before <= nth)) - 1;
+        const int rest = nth - __shfl_sync(ALL_LANES, before, chunk);
+        int earlier;
+        splits_of(chunk, earlier);
+        const int place = __popc(__ballot_sync(ALL_LANES, earlier <= rest)) - 1;
+        b = min(chunk * LANES + place, of.batch - 1);
+        split = 1 + rest - __shfl_sync(ALL_LANES, earlier, place);
     }
 };
 
-// A warp's copies: step `index` of the warps together is 16 tokens, a quarter of a page.
-struct Copies {
-    const unsigned char* from_lane;  // the KV head's record in page 0, and this lane's place in 32 chunks
-    uint32_t page_bytes;             // of all heads
-    int from, to;                    // tokens wanted, counted from the split's first
+// An item as the computing warps see it; tokens are counted from the split's first.
+struct Item {
+    int from, to;    // tokens wanted
+    int row, heads;  // of q and out: the first, and how many; no heads: the end
+    int kv_head, split, splits;
+    int place;       // of (sequence, KV head, block of heads) among all
+    unsigned steps;  // of the block before this item's
+};
 
-    // Rows outside [from, to) are garbage that the mask hides, but fp16 values may be NaN there: they become zero.
-    __device__ __forceinline__ void start(unsigned char* stage, uint32_t page, int index) const {
+// An item and where its pages are listed.
+struct Found {
+    Item item;
+    const int32_t* pages;
+    int limit;  // of entries that may be read there
+
+    __device__ Found(const Arguments& of, const Items& items, int number) {
+        const int columns = of.columns(), head_blocks = of.head_blocks(), first_splits = of.first_splits();
+        const bool is_first = number < first_splits;
+        const int among = is_first ? number : number - first_splits, nth = among / columns;
+        const int column = among - nth * columns;
+        int b = nth, split = 0;
+        if (!is_first) items.find(nth, b, split);
+        const int length = of.length(b);
+        const Splits splits(length, of.window);
+        const int start = splits.begin + split * splits.pages * PAGE;
+        item.kv_head = column / head_blocks;
+        const int first_head = (column - item.kv_head * head_blocks) * HEADS;
+        item.heads = min(of.group - first_head, HEADS);
+        item.row = (b * of.kv_heads + item.kv_head) * of.group + first_head;
+        item.from = max(splits.first - start, 0);
+        item.to = min(length - start, splits.pages * PAGE);
+        item.split = split, item.splits = splits.count;
+        item.place = b * columns + column;
+        pages = of.block_tables + int64_t(b) * of.max_pages + start / PAGE;
+        limit = of.max_pages - start / PAGE;
+    }
+
+    // Page `first` + lane, where the item has one.
+    __device__ int load_pages(int first) const {
+        const int page = first + threadIdx.x % LANES;
+        return page * PAGE < item.to && page < limit ? __ldcg(pages + page) : 0;
+    }
+};
+
+__device__ __forceinline__ int steps_of(const Item& item) { return max(item.to + STEP - 1, 0) / STEP; }
+
+struct Shared {
+    uint64_t full[SLOTS], empty[SLOTS], found[QUEUE], finished[QUEUE];
+    Item items[QUEUE];
+    float2 stats[WARPS][HEADS];
+    Item unmerged;  // the last item that was a split; merged at the end of the next one
+    bool is_last;   // of the splits of its sequence and head
+};
+
+// The warp that finds and copies.
+struct Producer {
+    const Arguments& of;
+    Shared& shared;
+    unsigned char* dynamic;
+    int slot = 0, queued = 0;
+    unsigned copied = 0;  // steps
+    uint32_t ring_parity = 1;
+
+    // A step's rows, each lane its chunks. Those outside [from, to) are garbage that the mask hides, but fp16 values
+    // may be NaN there: they become zero.
+    __device__ __forceinline__ void copy(const Item& item, int page, int index) {
         const int lane = threadIdx.x % LANES, first_row = index % (PAGE / STEP) * STEP;
-        const unsigned char* record = from_lane + uint64_t(page) * page_bytes;
+        const unsigned char* record = of.cache + (int64_t(page) * of.kv_heads + item.kv_head) * RECORD;
+        const unsigned char* rows = record + first_row * ROW + lane * CHUNK;
+        unsigned char* stage = dynamic + slot * STAGE_BYTES;
+        wait(shared_address(&shared.empty[slot]), ring_parity);
 #pragma unroll
         for (int i = 0; i < STEP * CHUNKS; i += LANES) {
             const int chunk = i + lane, row = chunk / CHUNKS, column = chunk % CHUNKS;
             if (STEP * CHUNKS % LANES != 0 && chunk >= STEP * CHUNKS) break;
             const int token = index * STEP + row;
-            const bool wanted = CODED || (token >= from && token < to);
+            const bool wanted = CODED || (token >= item.from && token < item.to);
             unsigned char* to_row = stage + row * ROW + (column ^ swizzle(row)) * CHUNK;
-            const unsigned char* rows = record + first_row * ROW + i * CHUNK;
-            copy16_async(to_row, rows, wanted);
-            copy16_async(to_row + STEP * ROW, rows + V_ROWS, wanted);
+            copy16_async(to_row, rows + i * CHUNK, wanted);
+            copy16_async(to_row + STEP * ROW, rows + i * CHUNK + V_ROWS, wanted);
         }
         if (lane < STEP * GRID / CHUNK) {
-            copy16_async(stage + STAGE_GRIDS + lane * CHUNK, record + GRIDS + first_row * GRID, true);
+            copy16_async(stage + STAGE_GRIDS + lane * CHUNK, record + GRIDS + first_row * GRID + lane * CHUNK, true);
         }
-    }
-};
-
-// A token's scales and minima.
-struct Grids {
-    float key_scale, key_minimum, value_scale, value_minimum;
-    __device__ __forceinline__ explicit Grids(const unsigned char* from) {
-        const uint2 raw = *reinterpret_cast<const uint2*>(from);
-        const float2 key = half_pair(raw.x), value = half_pair(raw.y);
-        key_scale = key.x, key_minimum = key.y, value_scale = value.x, value_minimum = value.y;
-    }
-};
-
-// A warp's running softmax and sums for 8 heads; arrays of two are of heads 2t and 2t+1.
-struct Running {
-    float base[2];     // of the probabilities; scores are to the base 2
-    float sum[2];      // of the probabilities, of this lane's tokens
-    float minima[2];   // of probability * minimum, likewise
-    float weights[4];  // of P', of all lanes' tokens: heads 2t, 2t+1, and again
-    float out[V_TILES][4];
-    float gain, scale_limit;  // `gain` serves value scales up to `scale_limit`
-    Exponents exponents;
-
-    __device__ __forceinline__ void clear() {
-        base[0] = base[1] = NO_SCORE;
-        sum[0] = sum[1] = minima[0] = minima[1] = 0.0f;
-        gain = 1.0f;
-        scale_limit = 0.0f;
-        weights[0] = weights[1] = weights[2] = weights[3] = 0.0f;
-#pragma unroll
-        for (int tile = 0; tile < V_TILES; ++tile) {
-            out[tile][0] = out[tile][1] = out[tile][2] = out[tile][3] = 0.0f;
-        }
+        arrive_when_copied(shared_address(&shared.full[slot]));
+        if (++slot == SLOTS) slot = 0, ring_parity ^= 1;
+        ++copied;
     }
 
-    // Raise the bases to scores x (tokens g and g+8 of heads 2t, 2t+1) that exceed them by LIMIT, and fit gain to the
-    // tokens' value scales. Each head decides for itself: a NaN in one does not show in another.
-    __device__ void raise(const float (&x)[4], float scale_g, float scale_g8) {
-        float factor[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float largest = fmaxf(x[i], x[i + 2]);
-#pragma unroll
-            for (int lanes = 4; lanes < LANES; lanes *= 2) {
-                largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
-            }
-            const float raised = largest > base[i] + LIMIT ? largest - RAISED : base[i];
-            factor[i] = exp2_fast(base[i] - raised);
-            base[i] = raised;
-            sum[i] *= factor[i];
-            minima[i] *= factor[i];
+    __device__ void announce(const Item& item) {
+        const int place = queued % QUEUE, lane = threadIdx.x % LANES;
+        constexpr int COPIES = HEAD_DIM * 2 / CHUNK;  // of a head
+        wait(shared_address(&shared.finished[place]), (queued / QUEUE & 1) ^ 1);
+        unsigned char* to = dynamic + QUERIES + place * QUERY_BYTES;
+        const unsigned char* from = reinterpret_cast<const unsigned char*>(of.q + int64_t(item.row) * HEAD_DIM);
+        for (int i = lane; i < item.heads * COPIES; i += LANES) {
+            copy16_async(to + i / COPIES * QUERY_ROW + i % COPIES * CHUNK, from + i * CHUNK, true);
         }
-        if constexpr (CODED) {
-            float largest = fmaxf(scale_g, scale_g8);
-#pragma unroll
-            for (int lanes = 4; lanes < LANES; lanes *= 2) {
-                largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
-            }
-            if (largest > scale_limit) {
-                const float power = __uint_as_float(__float_as_uint(largest) & 0x7f800000);  // of two, <= largest
-                const float fitting = LARGEST_SCALE / power;
-                factor[0] *= fitting / gain;
-                factor[1] *= fitting / gain;
-                gain = fitting;
-                scale_limit = 4.0f * power;
-            }
+        arrive_when_copied(shared_address(&shared.found[place]));
+        if (lane == 0) {
+            shared.items[place] = item;
+            shared.items[place].steps = copied;
+            arrive(shared_address(&shared.found[place]));
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) weights[i] *= factor[i % 2];
-#pragma unroll
-        for (int tile = 0; tile < V_TILES; ++tile) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) out[tile][i] *= factor[i % 2];
-        }
+        ++queued;
     }
 
-    // 16 tokens at `stage`; of them [from, to) are wanted.
-    __device__ __forceinline__ void step(const unsigned char* stage, const Queries& queries, float scale_log2, int from,
-                                         int to) {
-        const int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-
-        // Two chains of products, so that one's latency hides in the other's.
-        float s[2][4] = {};
-        if constexpr (CODED) {
-            s[0][0] = s[0][2] = queries.minus_offsets[0];
-            s[0][1] = s[0][3] = queries.minus_offsets[1];
+    __device__ void bring_near(const Found& found) const {
+#if __CUDA_ARCH__ >= 900
+        const int lane = threadIdx.x % LANES, page = found.load_pages(0);
+        if (lane * PAGE < found.item.to && lane < PREFETCHED / RECORD && page >= 0 && page < of.cache_pages) {
+            prefetch_bulk(of.cache + (int64_t(page) * of.kv_heads + found.item.kv_head) * RECORD, RECORD);
         }
-#pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit) {
-            const int offset = unit_offset(unit, t);
-            const Unit near(stage + g * ROW + (offset ^ swizzle(g) * CHUNK));
-            const Unit far(stage + (g + 8) * ROW + (offset ^ swizzle(g + 8) * CHUNK));
-#pragma unroll
-            for (int word = 0; word < UNIT / 4; word += Keys::WORDS) {
-                const Keys a(near.word + word, exponents), b(far.word + word, exponents);
-#pragma unroll
-                for (int i = 0; i < Keys::STEPS; ++i) {
-                    const int at = (unit * UNIT / 4 + word) / Keys::WORDS * Keys::STEPS + i;
-                    multiply_add(s[at % 2], {a.low[i], b.low[i], a.high[i], b.high[i]}, queries.b[at][0],
-                                 queries.b[at][1]);
-                }
-            }
-        }
-
-        // Scores: x[0], x[1] of token g and heads 2t, 2t+1; x[2], x[3] of token g+8.
-        float x[4], scale_g = 1.0f, scale_g8 = 1.0f, minimum_g = 0.0f, minimum_g8 = 0.0f;
-        if constexpr (CODED) {
-            const Grids token_g(stage + STAGE_GRIDS + g * GRID), token_g8(stage + STAGE_GRIDS + (g + 8) * GRID);
-            scale_g = token_g.value_scale, minimum_g = token_g.value_minimum;
-            scale_g8 = token_g8.value_scale, minimum_g8 = token_g8.value_minimum;
-            const float by_g = token_g.key_scale * scale_log2, plus_g = token_g.key_minimum * scale_log2;
-            const float by_g8 = token_g8.key_scale * scale_log2, plus_g8 = token_g8.key_minimum * scale_log2;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                x[i] = (s[0][i] + s[1][i]) * by_g + plus_g * queries.sums[i];
-                x[i + 2] = (s[0][i + 2] + s[1][i + 2]) * by_g8 + plus_g8 * queries.sums[i];
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] = (s[0][i] + s[1][i]) * scale_log2;
-        }
-        if (from > 0 || to < STEP) {
-            if (g < from || g >= to) x[0] = x[1] = MASKED, scale_g = minimum_g = 0.0f;
-            if (g + 8 < from || g + 8 >= to) x[2] = x[3] = MASKED, scale_g8 = minimum_g8 = 0.0f;
-        }
-
-        const bool high = fmaxf(x[0], x[2]) > base[0] + LIMIT || fmaxf(x[1], x[3]) > base[1] + LIMIT;
-        if (__any_sync(ALL_LANES, high || (CODED && fmaxf(scale_g, scale_g8) > scale_limit))) {
-            raise(x, scale_g, scale_g8);
-        }
-
-        // P' = fp16(P * scale * gain). The other sums take P' too, over scale * gain, and so weigh the tokens as it
-        // does; a scale of 0 has codes of 0 and may be any other.
-        const float by_g = scale_g == 0.0f ? LARGEST_SCALE : scale_g * gain;
-        const float by_g8 = scale_g8 == 0.0f ? LARGEST_SCALE : scale_g8 * gain;
-        const uint32_t p_g = half_bits(exp2_fast(x[0] - base[0]) * by_g, exp2_fast(x[1] - base[1]) * by_g);
-        const uint32_t p_g8 = half_bits(exp2_fast(x[2] - base[0]) * by_g8, exp2_fast(x[3] - base[1]) * by_g8);
-        const float2 wide_g = half_pair(p_g), wide_g8 = half_pair(p_g8);
-        const float back_g = __fdividef(1.0f, by_g), back_g8 = __fdividef(1.0f, by_g8);
-        sum[0] += wide_g.x * back_g + wide_g8.x * back_g8;
-        sum[1] += wide_g.y * back_g + wide_g8.y * back_g8;
-        const uint32_t b0 = transpose(p_g), b1 = transpose(p_g8);
-        if constexpr (CODED) {
-            const float plus_g = minimum_g * back_g, plus_g8 = minimum_g8 * back_g8;
-            minima[0] += wide_g.x * plus_g + wide_g8.x * plus_g8;
-            minima[1] += wide_g.y * plus_g + wide_g8.y * plus_g8;
-            const uint32_t one = exponents.of_1;
-            multiply_add(weights, {one, one, one, one}, b0, b1);
-        }
-        add_values(stage + STEP * ROW, b0, b1);
+#endif
     }
 
-    // out += V^T P'^T. Of two neighbouring chunks of V rows, lane l / 16 selects one; l / 8 % 2 the tokens.
-    __device__ __forceinline__ void add_values(const unsigned char* rows, uint32_t b0, uint32_t b1) {
-        const int lane = threadIdx.x % LANES, token = lane % 16, second = lane / 16;
-        const uint32_t row = shared_address(rows) + token * ROW;
-        const int mask = swizzle(token);
-#pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
-            uint32_t words[4];
-            const uint32_t address = row + (((chunk + second) ^ mask) * CHUNK);
-            if (chunk + 1 < CHUNKS) {
-                load_transposed(words, address);
-            } else {
-                uint32_t pair[2];
-                load_transposed(pair, row + ((chunk ^ mask) * CHUNK));
-                words[0] = pair[0], words[1] = pair[1];
-            }
-            if constexpr (CODED) {
-#pragma unroll
-                for (int i = 0; i < 2 && chunk + i < CHUNKS; ++i) {
-                    const Values low(words[2 * i], exponents), high(words[2 * i + 1], exponents);
-                    constexpr int DIMS = 16 / BITS;  // of a word
-#pragma unroll
-                    for (int dim = 0; dim < DIMS; dim += 2) {
-                        multiply_add(out[((chunk + i) * DIMS + dim) / 2],
-                                     {low.dim[dim], low.dim[dim + 1], high.dim[dim], high.dim[dim + 1]}, b0, b1);
-                    }
-                }
-            } else {
-                multiply_add(out[chunk / 2], {words[0], words[2], words[1], words[3]}, b0, b1);
-            }
-        }
-    }
-
-    // Leave the sums of the warp in shared memory: `result` (heads, RESULT_ROW) and `stats` (8 heads: base, sum).
-    __device__ void finish(float* result, float2* stats, int heads) {
-        const int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-#pragma unroll
-            for (int lanes = 4; lanes < LANES; lanes *= 2) {
-                sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], lanes);
-                minima[i] += __shfl_xor_sync(ALL_LANES, minima[i], lanes);
-            }
-            if (g == 0) stats[2 * t + i] = make_float2(base[i], sum[i]);
-        }
-        const float by = Values::UNIT / gain;
-        constexpr int DIMS = 16 / BITS;  // neighbours among a lane's dims: two tiles of 4 bits, one of 8
-        struct alignas(4 * DIMS) Neighbours {
-            float value[DIMS];
+    // counters[0] is the ticket, counters[1] counts the blocks that will draw no more.
+    __device__ void run(unsigned* counters) {
+        const int lane = threadIdx.x % LANES, first_splits = of.first_splits();
+        Items items{of, 0, first_splits};
+        int number = blockIdx.x;
+        const auto start = [&] {
+            if (number >= first_splits) items.count_all();
+            return number < items.count;
         };
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (2 * t + i >= heads) break;
-            float* head = result + (2 * t + i) * RESULT_ROW + g * DIMS;
-#pragma unroll
-            for (int place = 0; place < 2 * V_TILES; place += DIMS) {  // rows g, g+8 of tile 0, of tile 1, ...
-                Neighbours dims;
-#pragma unroll
-                for (int dim = 0; dim < DIMS; ++dim) {
-                    const float x = out[(place + dim) / 2][(place + dim) % 2 * 2 + i];
-                    dims.value[dim] = CODED ? (x - Values::OFFSET * weights[i]) * by + minima[i] : x * by;
-                }
-                *reinterpret_cast<Neighbours*>(head + place * 8) = dims;
+#if __CUDA_ARCH__ >= 900
+        if (start()) bring_near(Found(of, items, number));
+#endif
+        wait_for_predecessor();
+        bool counted = number >= first_splits, more = start();
+        while (more) {
+            unsigned ticket = 0;
+            if (lane == 0) ticket = atomicAdd(&counters[0], 1);
+            const Found found(of, items, number);
+            int pages = found.load_pages(0);
+            announce(found.item);
+            const int steps = steps_of(found.item);
+            for (int step = 0; step < steps; ++step) {
+                const int page = step / (PAGE / STEP);
+                if (page > 0 && step % (LANES * PAGE / STEP) == 0) pages = found.load_pages(page);
+                copy(found.item, __shfl_sync(ALL_LANES, pages, page % LANES), step);
             }
+            if (!counted) items.count_all(), counted = true;
+            number = gridDim.x + __shfl_sync(ALL_LANES, ticket, 0);
+            more = number < items.count;
         }
+        announce(Item{});
+        if (lane == 0 && atomicInc(&counters[1], gridDim.x - 1) == gridDim.x - 1) counters[0] = 0;
     }
 };
 
-// What a block works on. In shared memory, since registers are short while it does.
-struct Item {
-    int b, kv_head, split, splits;
-    int page;        // first of the split, in the block table of b
-    int row, heads;  // of q and out: the first, and how many
-    int place;       // of (sequence, KV head, block of heads) among all
-};
-
-// Four dims of a head, summed over parts in their order: load(i) are the sums of part i, stats[i * stats_stride] the
-// base and the total of its probabilities.
-struct Merged {
-    float4 sum{};
-    float top = NO_SCORE, total = 0.0f;
-
-    template <class Load>
-    __device__ __forceinline__ Merged(int parts, const float2* stats, int stats_stride, Load load) {
-        for (int i = 0; i < parts; ++i) top = fmaxf(top, stats[i * stats_stride].x);
+// Add up `parts` of each head: stat(head, i) are the base and the total of the probabilities of part i, values(head, i,
+// dim) the sums of four dims; result(head, dim, sums, base, total). Warps take heads, lanes dims; each part's factor is
+// one lane's work.
+template <class Stat, class Values, class Result>
+__device__ __forceinline__ void merge(int heads, int parts, Stat stat, Values values, Result result) {
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    for (int head = warp; head < heads; head += WARPS) {
+        const float2 own = lane < parts ? stat(head, lane) : make_float2(NO_SCORE, 0.0f);
+        float top = own.x;
+#pragma unroll
+        for (int lanes = LANES / 2; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, lanes));
+        const float factor = exp2_fast(own.x - top);
+        float total = own.y * factor;
+#pragma unroll
+        for (int lanes = LANES / 2; lanes > 0; lanes /= 2) total += __shfl_xor_sync(ALL_LANES, total, lanes);
+        for (int first = 0; first < HEAD_DIM; first += 4 * LANES) {
+            const int dim = first + 4 * lane;
+            float4 sum{};
 #pragma unroll 8
-        for (int i = 0; i < parts; ++i) {
-            const float2 stat = stats[i * stats_stride];
-            const float by = exp2_fast(stat.x - top);
-            const float4 x = load(i);
-            total += stat.y * by;
-            sum.x += x.x * by, sum.y += x.y * by, sum.z += x.z * by, sum.w += x.w * by;
+            for (int i = 0; i < parts; ++i) {
+                const float by = __shfl_sync(ALL_LANES, factor, i);
+                const float4 x = dim < HEAD_DIM ? values(head, i, dim) : float4{};
+                sum.x += x.x * by, sum.y += x.y * by, sum.z += x.z * by, sum.w += x.w * by;
+            }
+            if (dim < HEAD_DIM) result(head, dim, sum, top, total);
         }
     }
+}
 
-    // fp16 of sum / total + offset; zeros for a sequence without tokens.
-    __device__ __forceinline__ void write(__half* out, const __half* offset) const {
-        float4 y{};
-        if (total != 0.0f) {
-            const float by = 1.0f / total;
-            if (offset != nullptr) {
-                const uint2 raw = *reinterpret_cast<const uint2*>(offset);
-                const float2 low = half_pair(raw.x), high = half_pair(raw.y);
-                y = {low.x, low.y, high.x, high.y};
-            }
-            y = {y.x + sum.x * by, y.y + sum.y * by, y.z + sum.z * by, y.w + sum.w * by};
+// fp16 of sum / total + offset; zeros for a sequence without tokens.
+__device__ __forceinline__ void write(__half* out, const float4& sum, float total, const __half* offset) {
+    float4 y{};
+    if (total != 0.0f) {
+        const float by = 1.0f / total;
+        if (offset != nullptr) {
+            const uint2 raw = *reinterpret_cast<const uint2*>(offset);
+            const float2 low = half_pair(raw.x), high = half_pair(raw.y);
+            y = {low.x, low.y, high.x, high.y};
         }
-        *reinterpret_cast<uint2*>(out) = make_uint2(half_bits(y.x, y.y), half_bits(y.z, y.w));
+        y = {y.x + sum.x * by, y.y + sum.y * by, y.z + sum.z * by, y.w + sum.w * by};
+    }
+    *reinterpret_cast<uint2*>(out) = make_uint2(half_bits(y.x, y.y), half_bits(y.z, y.w));
+}
+
+// Where results go, and splits until they are merged.
+struct Outputs {
+    const __half* v_offset;
+    __half* out;
+    float* partials;
+    unsigned* arrived;  // splits, for each place
+    int places, max_splits, part_heads;
+
+    __device__ float* sums(int place) const {
+        return partials + int64_t(place) * max_splits * part_heads * HEAD_DIM;
+    }
+    __device__ float2* stats(int place) const {
+        float* behind = partials + int64_t(places) * max_splits * part_heads * HEAD_DIM;
+        return reinterpret_cast<float2*>(behind) + int64_t(place) * max_splits * part_heads;
+    }
+    __device__ void write_row(const Item& item, int head, int dim, const float4& sum, float total) const {
+        const __half* offset = v_offset == nullptr ? nullptr : v_offset + item.kv_head * HEAD_DIM + dim;
+        write(out + int64_t(item.row + head) * HEAD_DIM + dim, sum, total, offset);
+    }
+
+    // The item's sums are stored, and all threads have met; says whether it was the last of its splits.
+    __device__ bool arrive(const Item& item) const {
+        __threadfence();
+        const unsigned last = item.splits - 1;
+        const bool is_last = atomicInc(&arrived[item.place], last) == last;  // and back to zero
+        __threadfence();
+        return is_last;
+    }
+
+    __device__ void merge_warps(const Item& item, const unsigned char* results,
+                                const float2 (&warp_stats)[WARPS][HEADS]) const {
+        const auto values = [&](int head, int i, int dim) {
+            return *reinterpret_cast<const float4*>(results + i * RESULT_BYTES + (head * RESULT_ROW + dim) * 4);
+        };
+        merge(item.heads, WARPS, [&](int head, int i) { return warp_stats[i][head]; }, values,
+              [&](int head, int dim, const float4& sum, float top, float total) {
+                  if (item.splits == 1) return write_row(item, head, dim, sum, total);
+                  const int part = item.split * part_heads + head;
+                  *reinterpret_cast<float4*>(sums(item.place) + part * HEAD_DIM + dim) = sum;
+                  if (dim == 0) stats(item.place)[part] = make_float2(top, total);
+              });
+    }
+
+    __device__ void merge_splits(const Item& item) const {
+        const float* from = sums(item.place);
+        const float2* from_stats = stats(item.place);
+        const auto values = [&](int head, int i, int dim) {
+            return __ldcg(reinterpret_cast<const float4*>(from + (i * part_heads + head) * HEAD_DIM + dim));
+        };
+        merge(item.heads, item.splits, [&](int head, int i) { return __ldcg(from_stats + i * part_heads + head); },
+              values, [&](int head, int dim, const float4& sum, float top, float total) {
+                  write_row(item, head, dim, sum, total);
+              });
     }
 };
 
-// q, out (batch, kv_heads * group, HEAD_DIM); cache (pages, kv_heads, RECORD); block_tables (batch, max_pages);
+// The warps that compute.
+__device__ __forceinline__ void consume(Shared& shared, unsigned char* dynamic, Outputs outputs, float scale_log2) {
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    unsigned char* results = dynamic + RESULTS;
+    for (unsigned taken = 0;; ++taken) {
+        const Item& item = shared.items[taken % QUEUE];  // read again and again: registers are short
+        wait(shared_address(&shared.found[taken % QUEUE]), taken / QUEUE & 1);
+        if (item.heads == 0) break;
+        {
+            Queries queries;
+            queries.load(dynamic + QUERIES + taken % QUEUE * QUERY_BYTES, item.heads);
+            Running running;
+            running.clear();
+            for (int token = warp * STEP; token < item.to; token += WARPS * STEP) {
+                const unsigned number = item.steps + token / STEP, slot = number % SLOTS;
+                wait(shared_address(&shared.full[slot]), number / SLOTS & 1);
+                running.step(dynamic + slot * STAGE_BYTES, queries, scale_log2, item.from - token, item.to - token);
+                __syncwarp();
+                if (lane == 0) arrive(shared_address(&shared.empty[slot]));
+            }
+            named_barrier(CONSUMERS, THREADS);  // all have read what is overwritten now
+            running.finish(reinterpret_cast<float*>(results + warp * RESULT_BYTES), shared.stats[warp], item.heads);
+        }
+        named_barrier(CONSUMERS, THREADS);
+        const bool merging = shared.is_last;
+        if (merging) outputs.merge_splits(shared.unmerged);
+        outputs.merge_warps(item, results, shared.stats);
+        if (merging || item.splits > 1) {
+            named_barrier(CONSUMERS, THREADS);
+            if (threadIdx.x == THREADS - 1) {  // of the warp that has the fewest steps
+                shared.is_last = item.splits > 1 && outputs.arrive(item);
+                shared.unmerged = item;
+            }
+        }
+        __syncwarp();
+        if (lane == 0) arrive(shared_address(&shared.finished[taken % QUEUE]));
+    }
+    named_barrier(CONSUMERS, THREADS);
+    if (shared.is_last) outputs.merge_splits(shared.unmerged);
+}
+
+// q, out (batch, kv_heads * group, HEAD_DIM); cache (cache_pages, kv_heads, RECORD); block_tables (batch, max_pages);
 // v_offset (kv_heads, HEAD_DIM) or null. max_splits is what max_pages may need. With P = batch * kv_heads * blocks of 8
 // heads and H = min(group, 8), partials holds (P, max_splits, H, HEAD_DIM) sums, then (P, max_splits, H) bases and
 // totals; counters, zero between launches, the ticket, the blocks that are through, and the splits that arrived for
 // each of P.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS + LANES, BLOCKS)
     kv_decode(const __half* q, const unsigned char* cache, const int32_t* block_tables, const int32_t* context_lens,
               const __half* v_offset, __half* out, float* partials, unsigned* counters, float scale_log2, int batch,
-              int kv_heads, int group, int max_pages, int max_splits, int window) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ int before[MAX_BATCH];
-    __shared__ float2 stats[WARPS][HEADS];
-    __shared__ Item current;
-    __shared__ int next_item;
-    __shared__ bool is_last;
-
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    unsigned char* ring = shared + warp * RING_BYTES;
-    const int head_blocks = (group + HEADS - 1) / HEADS, columns = kv_heads * head_blocks;
-
-    // Items: the first split of every sequence, then the others. Those are counted when the first copies are under way.
-    const int first_splits = batch * columns;
-    int items = first_splits;
-    bool counted = max_splits == 1;
-    const auto count_items = [&] {
-        if (!counted) items += count_more_splits(context_lens, batch, window, before) * columns;
-        counted = true;
-    };
-    int item = blockIdx.x, nth, column;
-    const auto locate = [&] {
-        const int among = item < first_splits ? item : item - first_splits;
-        nth = among / columns, column = among - nth * columns;
-    };
-    locate();
+              int kv_heads, int group, int max_pages, int cache_pages, int max_splits, int window) {
+    extern __shared__ __align__(128) unsigned char dynamic[];
+    __shared__ Shared shared;
 
     allow_successor();
-    wait_for_predecessor();
-    if (item >= first_splits) count_items();
-    while (item < items) {
-        const int kv_head = head_blocks == 1 ? column : column / head_blocks;
-        const int first_head = (column - kv_head * head_blocks) * HEADS, heads = min(group - first_head, HEADS);
-        const bool is_first = item < first_splits;
-        const int b = is_first ? nth : sequence_of(nth, before, batch), split = is_first ? 0 : 1 + nth - before[b];
-
-        // From here tokens, steps and pages are counted from the split's first. Where that is the sequence's first, the
-        // pages can be looked up while the length is still on its way.
-        const int length = context_lens[b];
-        int start = 0;
-        if (window > 0 || !is_first) {
-            const Splits splits(length, window);
-            start = splits.begin + split * splits.pages * PAGE;
-        }
-        const auto index_of = [&](int step) { return warp + WARPS * step; };
-        const auto load_pages = [&](int sequence, int first, int step) {  // of the warp's next 32 steps, one a lane
-            const int page = first + index_of(step + lane) / (PAGE / STEP);
-            return page < max_pages ? block_tables[int64_t(sequence) * max_pages + page] : 0;
-        };
-        int pages = load_pages(b, start / PAGE, 0);
-
-        const Splits splits(length, window);
-        const int end = min(length - start, splits.pages * PAGE), from = max(splits.first - start, 0);
-        const int steps = max((end + STEP - 1) / STEP - warp + WARPS - 1, 0) / WARPS;  // of this warp
-        const unsigned char* from_lane = cache + kv_head * RECORD + lane * CHUNK;
-        const Copies copies{from_lane, uint32_t(kv_heads) * RECORD, from, end};
-#pragma unroll
-        for (int stage = 0; stage < STAGES; ++stage) {
-            const int page = __shfl_sync(ALL_LANES, pages, stage);
-            if (stage < steps) copies.start(ring + stage * STAGE_BYTES, page, index_of(stage));
-            commit_copies();
-        }
-        const int row = (b * kv_heads + kv_head) * group + first_head;
-        if (threadIdx.x == 0) {
-            current = {b, kv_head, split, splits.count, start / PAGE, row, heads, b * columns + column};
-        }
-        Queries queries;
-        queries.load(q + int64_t(row) * HEAD_DIM, heads);
-        count_items();
-        __syncthreads();
-        if (threadIdx.x == 0 && items > gridDim.x) next_item = gridDim.x + atomicAdd(&counters[0], 1);
-
-        Running running;
-        running.clear();
-        unsigned char* stage = ring;
-        for (int step = 0; step < steps; ++step) {
-            const int ahead = step + STAGES, token = index_of(step) * STEP;
-            if (ahead % LANES == 0) pages = load_pages(current.b, current.page, ahead);
-            wait_copies<STAGES - 1>();
-            __syncwarp();
-            running.step(stage, queries, scale_log2, from - token, end - token);
-            const int page = __shfl_sync(ALL_LANES, pages, ahead % LANES);
-            __syncwarp();
-            if (ahead < steps) copies.start(stage, page, index_of(ahead));
-            commit_copies();
-            stage = stage == ring + (STAGES - 1) * STAGE_BYTES ? ring : stage + STAGE_BYTES;
-        }
-        running.finish(reinterpret_cast<float*>(ring), stats[warp], current.heads);
-        __syncthreads();
-
-        const Item done = current;
-        item = items > gridDim.x ? next_item : items;
-        locate();
-        const __half* offset = v_offset == nullptr ? nullptr : v_offset + done.kv_head * HEAD_DIM;
-        const int part_heads = min(group, HEADS), parts = done.place * max_splits;
-        float* sums = partials + int64_t(parts) * part_heads * HEAD_DIM;
-        float* all_totals = partials + int64_t(first_splits) * max_splits * part_heads * HEAD_DIM;
-        float2* totals = reinterpret_cast<float2*>(all_totals) + int64_t(parts) * part_heads;
-        constexpr int PIECES = HEAD_DIM / 4;  // four dimensions each
-        const auto write = [&](const Merged& merged, int head, int dim) {
-            merged.write(out + int64_t(done.row + head) * HEAD_DIM + dim, offset == nullptr ? nullptr : offset + dim);
-        };
-        for (int i = threadIdx.x; i < done.heads * PIECES; i += THREADS) {
-            const int head = i / PIECES, dim = i % PIECES * 4;
-            const unsigned char* results = shared + (head * RESULT_ROW + dim) * 4;
-            const auto load = [&](int w) { return *reinterpret_cast<const float4*>(results + w * RING_BYTES); };
-            const Merged merged(WARPS, &stats[0][head], HEADS, load);
-            if (done.splits == 1) {
-                write(merged, head, dim);
-            } else {
-                const int part = done.split * part_heads + head;
-                *reinterpret_cast<float4*>(sums + part * HEAD_DIM + dim) = merged.sum;
-                if (dim == 0) totals[part] = make_float2(merged.top, merged.total);
-            }
-        }
-        if (done.splits > 1) {
-            __threadfence();
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                const unsigned last = done.splits - 1;
-                is_last = atomicInc(&counters[2 + done.place], last) == last;  // and back to zero
-            }
-            __syncthreads();
-            if (is_last) {
-                __threadfence();
-                float2* all = reinterpret_cast<float2*>(shared);  // (splits, part_heads)
-                for (int i = threadIdx.x; i < done.splits * part_heads; i += THREADS) all[i] = __ldcg(totals + i);
-                __syncthreads();
-                for (int i = threadIdx.x; i < done.heads * PIECES; i += THREADS) {
-                    const int head = i / PIECES, dim = i % PIECES * 4;
-                    const float* first = sums + head * HEAD_DIM + dim;
-                    const auto load = [&](int i) {
-                        return __ldcg(reinterpret_cast<const float4*>(first + i * part_heads * HEAD_DIM));
-                    };
-                    write(Merged(done.splits, all + head, part_heads, load), head, dim);
-                }
-            }
-        }
-        __syncthreads();
+    for (int i = threadIdx.x; i < SLOTS; i += THREADS + LANES) {
+        init_barrier(shared_address(&shared.full[i]), LANES);
+        init_barrier(shared_address(&shared.empty[i]), 1);
     }
-
-    if (threadIdx.x == 0 && items > gridDim.x && atomicInc(&counters[1], gridDim.x - 1) == gridDim.x - 1) {
-        counters[0] = 0;
+    if (threadIdx.x == 0) shared.is_last = false;
+    if (threadIdx.x < QUEUE) {
+        init_barrier(shared_address(&shared.found[threadIdx.x]), LANES + 1);
+        init_barrier(shared_address(&shared.finished[threadIdx.x]), WARPS);
+    }
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        const Arguments of{q,        cache, block_tables, context_lens, batch,
+                           kv_heads, group, max_pages,    cache_pages,  window};
+        Producer{of, shared, dynamic}.run(counters);
+    } else {
+        wait_for_predecessor();
+        const int places = batch * kv_heads * ((group + HEADS - 1) / HEADS);
+        consume(shared, dynamic, {v_offset, out, partials, counters + 2, places, max_splits, min(group, HEADS)},
+                scale_log2);
     }
 }

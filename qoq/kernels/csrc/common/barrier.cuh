@@ -1,5 +1,5 @@
-// What sm_90 adds for data in flight: barriers in shared memory that count threads and bytes, bulk copies that report
-// to them, and clusters of blocks that read each other's shared memory. Addresses are 32-bit shared ones.
+// Barriers in shared memory that count threads and bytes; and what sm_90 adds: bulk copies that report to them, and
+// clusters of blocks that read each other's shared memory. Addresses are 32-bit shared ones.
 #pragma once
 
 #include "types.cuh"
@@ -23,14 +23,25 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Arrive once all that this thread copied asynchronously (copy16_async in mma.cuh) has landed; it does not wait.
+__device__ __forceinline__ void arrive_when_copied(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+#define QOQ_TRY_WAIT "mbarrier.try_wait.parity.shared::cta.b64"  // sleeps a while
+#else
+#define QOQ_TRY_WAIT "mbarrier.test_wait.parity.shared::cta.b64"
+#endif
+
 // Wait for the end of the phase of this parity. A fresh barrier counts as past a phase of parity 1.
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     do {
         asm volatile(
             "{\n"
-            ".reg .pred p;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            ".reg .pred p;\n" QOQ_TRY_WAIT
+            " p, [%1], %2;\n"
             "selp.u32 %0, 1, 0, p;\n"
             "}"
             : "=r"(done)
@@ -65,6 +76,11 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, i
         " [%0], [%1], %2, [%3], %4;" ::"r"(shared),
         "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
+}
+
+// Ask for `bytes`, a multiple of 16, to be in L2.
+__device__ __forceinline__ void prefetch_bulk(const void* global, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
 // Ordinary writes of this thread to shared memory, cp.async among them, become visible to wgmma and bulk copies of
