@@ -20,7 +20,7 @@ from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, HeadNorms, Layout
 
 WARP = 32
-APPEND_WARPS, GATHER_THREADS, GATHER_DIMS = 8, 256, 8  # as in the sources
+APPEND_WARPS, APPEND_TOKENS, GATHER_THREADS, GATHER_DIMS = 8, 4, 256, 8  # as in the sources
 # Also as in decode.cu: pages that one block takes at most until a sequence has MAX_SPLITS splits, and limits.
 SPLIT_PAGES, MAX_SPLITS, MAX_BATCH, COLUMNS = 16, 32, 1024, 8
 STEP = 16  # tokens that a warp takes at once
@@ -175,7 +175,8 @@ def _append_cuda(
     tokens, q_heads, head_dim = q.shape
     kv_heads = cache.shape[1]
     defines = _append_defines(Layout(head_dim, bits), tuple(clip_ratios))
-    blocks = -(-tokens * (q_heads + 2 * kv_heads) // APPEND_WARPS)
+    warps = -(-tokens // APPEND_TOKENS) * (q_heads + 2 * kv_heads)  # one head of APPEND_TOKENS tokens each
+    blocks = -(-warps // APPEND_WARPS)
     offsets, norms = (k_offset, v_offset), (q_norm, k_norm)
     args = (qkv, cos, sin, positions, slots, *offsets, *norms, eps, rotate, cache, q, tokens, q_heads, kv_heads)
     module("append.cu", q.device, defines).launch("rope_kv_append", (blocks, 1, 1), APPEND_WARPS * WARP, args)
