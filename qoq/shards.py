@@ -103,7 +103,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         with open(draft, "wb") as file:
             file.write(_header(kinds, metadata or {}))
             for tensor in tensors.values():
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+                flat = tensor.contiguous().flatten()  # a dimension of 1 may have any stride
+                file.write(flat.view(torch.uint8).numpy().data)
         os.replace(draft, path)
     except OSError as error:
         raise cannot_write(path, error) from None

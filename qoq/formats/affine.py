@@ -25,7 +25,7 @@ from qoq.quant import (
 ROWS_AT_ONCE = 1024
 # Trial scales of the first level, as how often they go into the row's largest group scale. The steps between whole
 # numbers let every group of a row find a multiple near its own scale.
-LEVEL1_STEPS = (*(1 + j / 8 for j in range(8 * MAX_S2 - 7)),)
+LEVEL1_STEPS = tuple(1 + j / 4 for j in range(4 * MAX_S2 - 3))
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ the function of W4A8, at 8 bits a weight.""",
 | vLLM 0.26 and later | W4A8, KV as you choose | `--quantization humming --dtype half --kv-cache-dtype fp8` |
 | SGLang | W4A8 | `--quantization humming` |
 
-Both need the package `humming-kernels`. Humming rounds group scales, when it loads them, to multiples of a 1024th of the largest of a matrix.""",
+Both need the package `humming-kernels`. Humming rounds group scales, when it loads them, to multiples of a 1024th of
+the largest of a matrix.""",
 }
 
 

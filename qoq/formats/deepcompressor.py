@@ -90,7 +90,7 @@ class Dump(ForeignFolder):
             assert level2 is not None, name
             s2 = _spread(f"{name}.weight.scale.1", level2, n, groups).round()
             z = (zero if scaled else zero * s2).round()
-            w8 = (w / s1).round().unflatten(1, (groups, -1))
+            w8 = _whole(name, w / s1).unflatten(1, (groups, -1))
             codes, shift = _whole_codes(name, ((w8 + z[..., None]) / s2[..., None]).flatten(1))
             made = GroupedWeight(codes, fp16(s1[:, 0]), s2.to(torch.int32), (z + shift * s2).to(torch.int32))
         try:
@@ -117,16 +117,22 @@ def _spread(name: str, values: Tensor, n: int, groups: int) -> Tensor:
 
 def _whole_codes(name: str, exact: Tensor) -> tuple[Tensor, int]:
     """Codes in 0..15 as uint8, and what was added to signed ones: 8, or 0."""
-    codes = exact.round()
-    off = (exact - codes).abs()
-    if not off.amax() <= TOLERANCE:
-        row, column = divmod(int(off.argmax()), exact.shape[1])
-        raise CheckpointError(
-            f"{MODEL}: {name}.weight[{row}, {column}] has the code {float(exact[row, column]):.3f}, expected a whole "
-            f"number; {SCALES} belongs to another run or the weights were changed after rounding"
-        )
+    codes = _whole(name, exact)
     shift = 8 if codes.amin() < 0 else 0
     low, high = int(codes.amin()) + shift, int(codes.amax()) + shift
     if low < 0 or high > 15:
         raise CheckpointError(f"{MODEL}: {name}.weight has codes {low}..{high}, expected 0..15")
     return (codes + shift).to(torch.uint8), shift
+
+
+def _whole(name: str, exact: Tensor) -> Tensor:
+    """Integers (N, K) that fp16 made a little off."""
+    whole = exact.round()
+    off = (exact - whole).abs()
+    if not off.amax() <= TOLERANCE:
+        row, column = divmod(int(off.argmax()), exact.shape[1])
+        raise CheckpointError(
+            f"{MODEL}: {name}.weight[{row}, {column}] is {float(exact[row, column]):.3f} steps of its scale, expected "
+            f"a whole number; {SCALES} belongs to another run, or the weights were changed after rounding"
+        )
+    return whole

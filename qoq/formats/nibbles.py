@@ -13,7 +13,8 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each nibble, lowest first
 def pack(codes: Tensor) -> Tensor:
     """(..., K) uint8 codes in 0..15, K % 8 == 0 -> (..., K/8) int32."""
     low, high = codes[..., 0::2], codes[..., 1::2]
-    return (low | (high << 4)).contiguous().view(torch.int32)
+    packed = (low | (high << 4)).flatten().view(torch.int32)  # flat: a single row may have odd strides
+    return packed.view(*codes.shape[:-1], codes.shape[-1] // 8)
 
 
 def unpack(words: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ integers.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -149,26 +149,27 @@ class ForeignFolder(Origin):
         tied = name == LM_HEAD and name not in self.tensors and self.spec.tied_embeddings
         return EMBEDDING if tied else name
 
-    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor a conversion will read -> shape."""
+    def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor a conversion will read, and its shape."""
         spec = self.spec
         matrix = (spec.vocab_size, spec.hidden_size)
-        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: matrix, FINAL_NORM: (spec.hidden_size,), LM_HEAD: matrix}
+        yield from ((EMBEDDING, matrix), (FINAL_NORM, (spec.hidden_size,)), (LM_HEAD, matrix))
         for index in range(spec.num_layers):
             prefix = f"model.layers.{index}."
-            shapes |= {f"{prefix}{norm}.weight": (n,) for norm, n in spec.norm_shapes().items()}
+            yield from ((f"{prefix}{norm}.weight", (n,)) for norm, n in spec.norm_shapes().items())
             for name in LINEARS:
                 n, k = spec.linear_shape(name)
-                shapes |= {f"{prefix}{name}.{suffix}": shape for suffix, shape in self.weight_shapes(n, k).items()}
+                yield from ((f"{prefix}{name}.{key}", shape) for key, shape in self.weight_shapes(n, k).items())
                 if name in spec.biases:
-                    shapes[f"{prefix}{name}.bias"] = (n,)
-        return shapes
+                    yield f"{prefix}{name}.bias", (n,)
 
     def _check_headers(self) -> None:
-        for name, shape in self.expected_shapes().items():
+        """Stops at the first fault, so that a config of any number of layers costs nothing."""
+        for name, shape in self.expected_shapes():
             stored = self.stored_name(name)
             if stored not in self.tensors:
-                found = f"; {plain} is there, unquantized" if (plain := _unquantized(name)) in self.tensors else ""
+                plain = name.rsplit(".", 1)[0] + ".weight"
+                found = f"; {plain} is there, unquantized" if plain in self.tensors else ""
                 raise CheckpointError(f"{self.folder}: tensor {name} is missing{found}")
             if self.tensors.shapes[stored] != shape:
                 raise CheckpointError(
@@ -177,10 +178,6 @@ class ForeignFolder(Origin):
 
     def read_all(self, name: str, *suffixes: str) -> list[Tensor]:
         return [self.tensors.read(f"{name}.{suffix}") for suffix in suffixes]
-
-
-def _unquantized(name: str) -> str:
-    return name.rsplit(".", 1)[0] + ".weight"
 
 
 def require_dtype(name: str, tensor: Tensor, *expected: torch.dtype) -> Tensor:
