@@ -106,7 +106,7 @@ def _grouped_to_affine(weight: GroupedWeight) -> tuple[AffineWeight, int]:
 
 
 def _channel_to_affine(weight: ChannelWeight) -> tuple[AffineWeight, int]:
-    s1 = weight.s1.float()[:, None]
+    s1 = torch.where(weight.s1 == 0, 1.0, weight.s1.float())[:, None]
     zero = (weight.szero.float()[:, None] / s1).round()
     fits = (fp16(zero * s1) == weight.szero[:, None]) & (zero >= 0) & (zero <= 15)
     exact = AffineWeight(weight.codes, weight.s1[:, None], zero.clamp(0, 15).to(torch.uint8))
@@ -129,8 +129,8 @@ def _refit(values: Tensor, step: Tensor, zero: Tensor, s1: Tensor) -> AffineWeig
             whole = whole.clamp(0, 15)
             centred = _nearest(values, size, whole)
             # the scale that fits these codes best, and the codes that fit that scale
-            size = ((values * centred).sum(2) / centred.square().sum(2).clamp(min=1)).clamp(min=1e-6)
-            scale = guarded_scale(size * s1).float() / s1
+            fitted = ((values * centred).sum(2) / centred.square().sum(2).clamp(min=1)).clamp(min=1e-6)
+            scale = guarded_scale(fitted * s1).float() / s1
             centred = _nearest(values, scale, whole)
             loss = (centred * scale[..., None] - values).square().sum(2)
             better = loss < best_loss

@@ -1,6 +1,6 @@
 """The model card of a converted folder: which engine runs it, in which precision, and what the conversion changed.
 
-What is said of other engines was read in the sources of the versions named.
+What is said of engines was read in their sources, except for transformers and qoq itself, which the tests run.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,8 @@ tags: [{tags}]
 
 {engines}
 
+Of other engines this says what their sources say; `qoq` tests its conversions with transformers and compressed-tensors.
+
 {changed}
 {notes}"""
 
@@ -34,8 +36,9 @@ ENGINES = {
     "qoq": """| engine | weights, activations, KV cache | how |
 | --- | --- | --- |
 | qoq | W4A8KV4 | `qoq chat FOLDER` |
+| transformers | W4A8KV4 | `import qoq` first, then `from_pretrained` |
 
-Transformers alone cannot run it: it would load the linears with random weights and only log that.""",
+Without `import qoq` transformers only warns of an unknown quantization type and goes on with random weights.""",
     "qserve": """| engine | weights, activations, KV cache | how |
 | --- | --- | --- |
 | QServe, OmniServe | W4A8KV4 | `--precision w4a8kv4 --group-size {group_size}`; attention heads of 128 |
@@ -66,7 +69,8 @@ the function of W4A8, at 8 bits a weight.""",
 | SGLang | W4A8 | `--quantization humming` |
 
 Both need the package `humming-kernels`. Humming rounds group scales, when it loads them, to multiples of a 1024th of
-the largest of a matrix.""",
+the largest of a matrix (of q, k, v and of gate, up together where the engine joins them); the figure below counts that
+for matrices on their own.""",
 }
 
 
@@ -105,6 +109,6 @@ def changed(report: Mapping[str, Any]) -> str:
     groups = sum(layer["groups"] for layer in report["layers"])
     worst = f"the worst linear changed by {report['error']:.2g} of its norm"
     if rounded == 0:
-        return f"Every 4-bit code is the source's; scales are rounded to float16 ({worst})."
+        return f"Every 4-bit code is the source's; scales or weights are rounded to float16 ({worst})."
     share = f"{rounded} of {groups} groups ({rounded / groups:.1%})"
     return f"{share} did not fit the format exactly and got new scales or codes: {worst}."

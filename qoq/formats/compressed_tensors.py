@@ -29,12 +29,9 @@ METHOD = "compressed-tensors"
 def pack_weight(name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Loss]:
     """The tensors of a pack-quantized linear."""
     affine, loss = to_affine(weight)
-    tensors = {
-        "weight_packed": nibbles.pack(affine.codes),
-        "weight_scale": affine.scale,
-        "weight_zero_point": nibbles.pack_columns(affine.zero),
-        "weight_shape": torch.tensor(affine.codes.shape),
-    }
+    shape = torch.tensor(affine.codes.shape)
+    tensors = {"weight_packed": nibbles.pack(affine.codes), "weight_scale": affine.scale}
+    tensors |= {"weight_zero_point": nibbles.pack_columns(affine.zero), "weight_shape": shape}
     return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}, loss
 
 
