@@ -8,6 +8,7 @@ import qoq
 from qoq.cli.bench import bench
 from qoq.cli.chat import chat
 from qoq.cli.compare import compare
+from qoq.cli.convert import convert
 from qoq.cli.eval import evaluate
 from qoq.cli.inspect import inspect
 from qoq.cli.latency import latency
@@ -23,7 +24,7 @@ def group() -> None:
     """Quantize a Hugging Face LLM to W4A8KV4, prove the checkpoint right, and run it."""
 
 
-for command in (quantize, evaluate, compare, inspect, chat, serve, bench):
+for command in (quantize, evaluate, compare, inspect, convert, chat, serve, bench):
     group.add_command(command)
 for measurement in (throughput, latency):
     bench.add_command(measurement)
