@@ -18,7 +18,7 @@ from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.recipe import Recipe
 
 MARGIN = 0.15  # the error bar of every figure here
-BASE = {"cpu": 480_000_000, "cuda": 2_000_000_000}  # bytes of a process that has imported everything, a context with it
+BASE = {"cpu": 520_000_000, "cuda": 2_000_000_000}  # bytes of a process that has imported everything, a context with it
 WORKSPACE = 70_000_000  # of cuBLAS and cuSOLVER, on the GPU
 PER_TOKEN_OF_VOCABULARY = 1000  # bytes of a tokenizer
 GB = 1e9

@@ -1,9 +1,10 @@
 """What a run will make, need and take, and what its result will run on, from a model's config alone.
 
-Bytes are counted (`checkpoint.expected_tensors`, `roofline`, `memory`); seconds are those of one measured run, scaled.
+Bytes are counted (`checkpoint.expected_tensors`, `roofline`, `memory`); seconds are those of a measured run, scaled.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ import torch
 
 from qoq import checkpoint, roofline
 from qoq.calibration import memory
+from qoq.calibration.blocks import SEARCH_TOKENS
 from qoq.calibration.pipeline import target_spec
+from qoq.calibration.smooth import DOWN_EXPONENTS
 from qoq.errors import QuantizationError
 from qoq.models import source
 from qoq.models.architecture import LINEARS, ModelSpec, model_spec
@@ -270,35 +273,57 @@ def legal_degrees(spec: ModelSpec, group_size: int) -> list[int]:
     return [degree for degree in DEGREES if legal(degree)]
 
 
-# Time. Units of work and what they took: README's run of Llama-3-8B's shapes, 128 x 2048 tokens, on an H100 80 GB.
+# Time, from two measurements
 
 H100_BASIS = "Llama-3-8B's shapes with qoq-g128 and 128 x 2048 tokens took 351 s on an H100 80 GB"
-CPU_BASIS = "a run on one core of a server CPU, scaled by the float32 products of this machine"
-ON_H100, ON_CPU = (2.6e13, 50e-6, 2.0e12), (4.6e9, 150e-6, 1.2e9)
-CPU_PRODUCTS = 30e9  # float32 operations a second of the CPU that `ON_CPU` was measured on
-HOST_SECONDS = 3.6e-9  # for a byte of the source in float16: hashed, read, packed, written, verified
+H100_TOKENS = 2.6e13  # tokens times weights and squares of widths, a second: 151 s of that run
+H100_COLUMNS = 50e-6  # seconds of a column in GPTQ, whose launches nothing hides
+H100_SQUARES = 2.0e12  # N K**2 + K**3, a second: with the columns 142 s
+HOST_SECONDS = 3.6e-9  # for a byte of the source in float16: hashed, read, packed, written, verified: 58 s
+
+CPU_BASIS = "two layers of 25 M weights with qoq-g128 took 138 s on one core, scaled by float32 products here"
+CPU_SHARE = 0.22  # of the speed of large products
+START_SECONDS = 10.0  # of imports, tokenizer and text
 
 
 def seconds(job: memory.Job, card: str | None) -> Seconds:
-    """Of a run: tokens through the layers, columns one after the other in GPTQ, factorisations, and the host's part."""
-    if card is None:
-        rates, speed, factor, basis = ON_CPU, cpu_products() / CPU_PRODUCTS, 2.0, CPU_BASIS
-    else:
-        rates, speed, basis = ON_H100, roofline.CARDS[card].fp16 / roofline.CARDS["h100"].fp16, H100_BASIS
-        factor = 1.3 if card == "h100" else 2.0
-    spec, settings = job.spec, job.settings
-    stages = [
-        (sum(spec.linear_shape(name)[0] for name in names), spec.linear_shape(names[0])[1]) for names in memory.STAGES
-    ]
-    weights = sum(n * k for n, k in stages)
-    work = job.tokens * (weights + (sum(k * k for _, k in stages) if settings.weights.gptq else 0)) / rates[0]
-    if settings.weights.gptq:
-        work += sum(k**3 + n * k * k for n, k in stages) / rates[2]
-    columns = sum(k for _, k in stages) * rates[1] if settings.weights.gptq else 0.0
-    total = spec.num_layers * (work / speed + columns) + HOST_SECONDS * 2 * source_parameters(job.original)
-    return Seconds(total, factor, basis)
+    """Of a run on one of `roofline.CARDS`, or on this machine's CPU (None)."""
+    per_layer = _on_cpu(job) if card is None else _on_gpu(job, roofline.CARDS[card])
+    host = HOST_SECONDS * 2 * source_parameters(job.original)
+    total = START_SECONDS * (card is None) + job.spec.num_layers * per_layer + host
+    return Seconds(total, 1.3 if card == "h100" else 2.0, CPU_BASIS if card is None else H100_BASIS)
 
 
+def _stages(job: memory.Job) -> list[tuple[int, int]]:
+    """(N, K) of the linears that are quantized together."""
+    shapes = [[job.spec.linear_shape(name) for name in names] for names in memory.STAGES]
+    return [(sum(n for n, _ in stage), stage[0][1]) for stage in shapes]
+
+
+def _on_gpu(job: memory.Job, sheet: roofline.DataSheet) -> float:
+    """Seconds of a layer: tokens and factorisations at the speed of the card's tensor cores, columns one by one."""
+    stages, gptq = _stages(job), job.settings.weights.gptq
+    tokens = job.tokens * sum(n * k + gptq * k * k for n, k in stages) / H100_TOKENS
+    squares = gptq * sum(k**3 + n * k * k for n, k in stages) / H100_SQUARES
+    columns = gptq * sum(k for _, k in stages) * H100_COLUMNS
+    return (tokens + squares) * roofline.CARDS["h100"].fp16 / sheet.fp16 + columns
+
+
+def _on_cpu(job: memory.Job) -> float:
+    """Seconds of a layer: operations of forward passes, second moments, searches and factorisations."""
+    stages, settings = _stages(job), job.settings
+    gptq, weights = settings.weights.gptq, sum(n * k for n, k in _stages(job))
+    operations = job.tokens * (9.2 * weights + 4 * gptq * sum(k * k for _, k in stages))
+    operations += gptq * sum(3 * k**3 + 14 * n * k * k for n, k in stages)
+    if settings.smooth_down:
+        some = min(job.tokens, SEARCH_TOKENS)
+        operations += 2 * (1 + len(DOWN_EXPONENTS)) * some * stages[-1][0] * stages[-1][1]
+    if settings.rotate:
+        operations += 4 * weights * job.spec.hidden_size  # in float64
+    return operations / (CPU_SHARE * cpu_products())
+
+
+@functools.cache
 def cpu_products() -> float:
     """Float32 operations a second in a large matrix product, on this machine, now."""
     x = torch.ones(768, 768)

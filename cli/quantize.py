@@ -1,7 +1,8 @@
 """qoq quantize: a checkpoint from a model."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def quantize(
             print_plan(plan)
         return
     ranks = Ranks.of_environment()
-    with ranks.together():
+    with ranks.together(), one_line_out_of_memory():
         report, output = _run(model, output, settings, ranks, device, resume, trust_remote_code, budgets)
     if ranks.rank:
         return
@@ -170,8 +171,24 @@ def keep_below(gpu_memory: int | None, device: str) -> None:
     import torch
 
     if gpu_memory is not None:
-        whole = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
+        index = torch.device(device).index
+        index = torch.cuda.current_device() if index is None else index
+        whole = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), index)
+
+
+@contextlib.contextmanager
+def one_line_out_of_memory() -> Iterator[None]:
+    """Say that the GPU is full as an error of the user's: other programs may be on it."""
+    import torch
+
+    from qoq.errors import QuantizationError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(".")[0]
+        raise QuantizationError(f"out of GPU memory ({first}); finished layers are kept, see --gpu-memory") from None
 
 
 def give_freed_memory_back() -> None:
@@ -180,7 +197,6 @@ def give_freed_memory_back() -> None:
     Left to itself it keeps much of what the layers free. With blocks from 1 MiB on and small pages, the system spends
     a third of a run's time on clearing pages; with blocks from 16 MiB on, much more stays.
     """
-    import contextlib
     import ctypes
     import os
 
