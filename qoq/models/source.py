@@ -17,6 +17,7 @@ from torch import Tensor
 from qoq.errors import ModelError, QuantizationError
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec, model_spec
 from qoq.quant import is_finite
+from qoq.roofline import MODELS
 
 # A real model without a hub: the GGUF inside an installed package, or else the hub's original.
 ALIASES = {
@@ -159,23 +160,73 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
     return Source(locate(model), model, trust_remote_code)
 
 
+def describe(model: str, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model and nothing else: of a hub id only config.json is fetched.
+
+    Takes what `open_source` takes, a folder without weights, and the names of `roofline.MODELS`.
+
+    Raises:
+        ModelError: nothing is there, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": model}
+    path = Path(model).expanduser()
+    if model in MODELS and not path.is_dir():
+        return AutoConfig.for_model(**MODELS[model].config())
+    if model in ALIASES:
+        file = _packaged(model)
+        where = {"pretrained_model_name_or_path": ALIASES[model][2]} if file is None else _gguf(file)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{model}: no config.json; expected a Hugging Face model folder")
+        where = {"pretrained_model_name_or_path": path}
+    elif path.suffix == ".gguf" and path.is_file():
+        where = _gguf(path)
+    elif not _is_hub_id(model):
+        raise _no_such_model(model)
+    try:
+        return AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and the hub client raise many kinds here
+        raise ModelError(f"{model}: its config cannot be read ({_first_line(error)})") from None
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    """Where transformers finds a GGUF file."""
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _packaged(alias: str) -> Path | None:
+    """The GGUF file inside an installed package."""
+    package, file, _ = ALIASES[alias]
+    found = importlib.util.find_spec(package)
+    if found and found.submodule_search_locations:
+        return Path(found.submodule_search_locations[0]) / file
+    return None
+
+
+def _is_hub_id(model: str) -> bool:
+    return not (Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1)
+
+
+def _no_such_model(model: str) -> ModelError:
+    return ModelError(f"{model}: no such model; expected a folder, a .gguf file, a hub id or {', '.join(ALIASES)}")
+
+
 def locate(model: str) -> Path:
     """The local Hugging Face folder of a model; downloads or converts it first if need be."""
     path = Path(model).expanduser()
     if model in ALIASES:
-        package, file, hub_id = ALIASES[model]
-        found = importlib.util.find_spec(package)
-        if found and found.submodule_search_locations:
-            return convert_gguf(Path(found.submodule_search_locations[0]) / file)
-        return _download(hub_id)
+        file = _packaged(model)
+        return _download(ALIASES[model][2]) if file is None else convert_gguf(file)
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{model}: no such file")
         return convert_gguf(path)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelError(f"{model}: no such model; expected a folder, a .gguf file, a hub id or {', '.join(ALIASES)}")
+    if not _is_hub_id(model):
+        raise _no_such_model(model)
     return _download(model)
 
 
@@ -212,7 +263,7 @@ def convert_gguf(path: Path) -> Path:
 def _unpack_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    where = _gguf(path)
     model = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
