@@ -3,23 +3,42 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from qoq.calibration.ranks import Ranks
 from qoq.models.decoder import Block, Cache, Rope, attention, visible
 
 TOKENS_AT_ONCE = 4096
+SEARCH_TOKENS = 4096  # of the samples, for the searches' objectives and the centre of the values
 
 
 @dataclass
 class Streams:
-    """Hidden states on their way through the layers, (samples, T, hidden) in the dtype of the run."""
+    """Hidden states on their way through the layers, (samples, T, hidden) in the dtype of the run.
+
+    They may lie in host memory: layers compute where `rope` lies, a batch at a time.
+    """
 
     x_fp: Tensor  # through the transformed layers, unquantized
     x_q: Tensor  # through the quantized layers
-    rope: Rope  # of positions 0 .. T - 1
+    rope: Rope  # of positions 0 .. T - 1, on the device of the layers
+    tokens_at_once: int = TOKENS_AT_ONCE
+    ranks: Ranks = field(default_factory=Ranks)  # which hold the other samples
+
+    @property
+    def device(self) -> torch.device:
+        return self.rope[0].device
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Matching views of `x_fp` and `x_q`, wherever they lie."""
+        yield from batches(self.x_fp, self.x_q, tokens_at_once=self.tokens_at_once)  # type: ignore[misc]
+
+    def some(self) -> Tensor:
+        """The first samples of all ranks, `SEARCH_TOKENS` tokens but at least one sample, of the unquantized stream."""
+        return self.ranks.first(self.x_fp, max(1, SEARCH_TOKENS // self.x_fp.shape[1])).to(self.device)
 
 
 class Stopwatch:
@@ -38,17 +57,19 @@ class Stopwatch:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
 
-def batches(*streams: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching views of (samples, T, ...) tensors, `TOKENS_AT_ONCE` tokens but at least one sample at a time."""
-    samples = max(1, TOKENS_AT_ONCE // streams[0].shape[1])
+def batches(*streams: Tensor, tokens_at_once: int = TOKENS_AT_ONCE) -> Iterator[tuple[Tensor, ...]]:
+    """Matching views of (samples, T, ...) tensors, `tokens_at_once` tokens but at least one sample at a time."""
+    samples = max(1, tokens_at_once // streams[0].shape[1])
     yield from zip(*(x.split(samples) for x in streams), strict=True)
 
 
 @torch.inference_mode()
-def propagate(block: Block, x: Tensor, rope: Rope, cache: Cache | None = None) -> None:
+def propagate(
+    block: Block, x: Tensor, rope: Rope, cache: Cache | None = None, tokens_at_once: int = TOKENS_AT_ONCE
+) -> None:
     """Replace the hidden states x (samples, T, hidden) by the output of the layer, in place."""
-    for (batch,) in batches(x):
-        batch.copy_(block(batch, rope, cache))
+    for (batch,) in batches(x, tokens_at_once=tokens_at_once):
+        batch.copy_(block(batch.to(rope[0].device), rope, cache))
 
 
 class ChannelStatistics:
@@ -66,6 +87,13 @@ class ChannelStatistics:
         self.sum = self.sum.to(x.device) + x.sum(0)
         self.squares = self.squares.to(x.device) + x.square().sum(0)
 
+    def combine(self, ranks: Ranks) -> None:
+        """Take in what other ranks saw."""
+        rows = torch.tensor([self.rows], dtype=torch.float64)
+        ranks.sum(self.sum, self.squares, rows)
+        ranks.max(self.absmax)
+        self.rows = int(rows)
+
     @property
     def mean(self) -> Tensor:
         return self.sum / self.rows
@@ -81,25 +109,35 @@ class LayerStatistics:
 
     queries: ChannelStatistics  # (Hq, D), after RoPE
     keys: ChannelStatistics  # (Hkv, D), after RoPE
-    value_centre: Tensor  # (Hkv, D), `attended_mean` of the first batch
+    value_centre: Tensor  # (Hkv, D), `attended_mean` of some samples
     down: ChannelStatistics  # (intermediate,), the input of down_proj
+
+    def combine(self, ranks: Ranks) -> None:
+        """Take in what other ranks saw; `value_centre` is of samples that all ranks have."""
+        for statistics in (self.queries, self.keys, self.down):
+            statistics.combine(ranks)
 
 
 @torch.inference_mode()
-def observe(block: Block, x: Tensor, rope: Rope) -> LayerStatistics:
-    """Run the layer over x (samples, T, hidden), which stays as it is."""
+def observe(
+    block: Block, x: Tensor, rope: Rope, some: Tensor | None = None, tokens_at_once: int = TOKENS_AT_ONCE
+) -> LayerStatistics:
+    """Run the layer over x (samples, T, hidden), which stays as it is.
+
+    `some` are the samples whose values are centred, on the device of the layer; x itself where nothing is said.
+    """
     queries, keys, down = (ChannelStatistics() for _ in range(3))
-    centre = None
-    for (batch,) in batches(x):
+    window = block.spec.windows[block.index]
+    for (batch,) in batches(x, tokens_at_once=tokens_at_once):
+        batch = batch.to(rope[0].device)
         q, k, v = block.heads(block.norm("input_layernorm", batch), rope)
         for statistics, heads in ((queries, q), (keys, k)):
             statistics.add(heads.transpose(1, 2).flatten(0, 1))
-        window = block.spec.windows[block.index]
-        centre = attended_mean(q, k, v, window) if centre is None else centre
         middle = batch + block.linears["self_attn.o_proj"](attention(q, k, v, window))
+        del q, k, v, heads
         down.add(block.feed(block.norm("post_attention_layernorm", middle)).flatten(0, 1))
-    assert centre is not None
-    return LayerStatistics(queries, keys, centre, down)
+    normed = block.norm("input_layernorm", x.to(rope[0].device) if some is None else some)
+    return LayerStatistics(queries, keys, attended_mean(*block.heads(normed, rope), window), down)
 
 
 def attended_mean(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

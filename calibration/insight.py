@@ -28,7 +28,10 @@ def sample(streams: Streams) -> tuple[Tensor, Rope]:
     """The first full-precision hidden states, at most `TOKENS`, and their rope: a float32 copy, before they move on."""
     length = min(streams.x_fp.shape[1], TOKENS)
     cos, sin = streams.rope
-    return streams.x_fp[: TOKENS // length, :length].to(torch.float32, copy=True), (cos[:length], sin[:length])
+    return streams.x_fp[: TOKENS // length, :length].to(streams.device, torch.float32, copy=True), (
+        cos[:length],
+        sin[:length],
+    )
 
 
 def variants(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qoq import checkpoint, shards
 from qoq.calibration import publish, rotate, smooth, weights
-from qoq.calibration.blocks import Stopwatch, Streams, batches, observe
+from qoq.calibration.blocks import Stopwatch, Streams, observe
 from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.models.decoder import (
     Block,
@@ -21,11 +21,10 @@ from qoq.models.decoder import (
     simulated_cache,
     simulated_linear,
 )
-from qoq.quant import HalfLinear, QuantizedLinear, StoredLinear
+from qoq.quant import ChannelWeight, GroupedWeight, HalfLinear, QuantizedLinear, QuantizedWeight, StoredLinear
 from qoq.recipe import Recipe
 
 Layer = dict[str, Tensor]
-SEARCH_TOKENS = 4096  # of the samples, for the searches' objectives
 
 
 @torch.inference_mode()
@@ -37,8 +36,9 @@ def transform(
     if not (settings.smooth_attention or settings.smooth_down or settings.reorder or settings.kv_cache.offset):
         return KVTransform(settings.kv_cache.rotate), report
     block = float_block(spec, index, layer, streams.x_fp.dtype)
-    found = observe(block, streams.x_fp, streams.rope)
-    some = streams.x_fp[: max(1, SEARCH_TOKENS // streams.x_fp.shape[1])]
+    some = streams.some()
+    found = observe(block, streams.x_fp, streams.rope, some, streams.tokens_at_once)
+    found.combine(streams.ranks)
     scales = None
     if settings.smooth_attention:
         scales, choice = smooth.search_attention(block, some, streams.rope, found, settings.kv_cache)
@@ -97,17 +97,36 @@ def quantize(
             return
         moments = None
         if settings.weights.gptq or settings.weights.grid == "search" or settings.weights.asymmetric:
-            moments = weights.Moments(spec.linear_shape(names[0])[1], streams.x_fp.device)
+            moments = weights.Moments(spec.linear_shape(names[0])[1], streams.device)
             with passes("moments"):
-                for x_fp, x_q in batches(streams.x_fp, streams.x_q):
+                for x_fp, x_q in streams.batches():
+                    x_fp = x_fp.to(streams.device)
                     y_fp, counts = inputs(fp, x_fp), None
                     if names[0] in rotate.WRITERS:
                         counts = token_weight(x_fp + fp.linears[names[0]](y_fp))
-                    moments.add(inputs(q, x_q), y_fp, counts)
+                    moments.add(inputs(q, x_q.to(streams.device)), y_fp, counts)
+                del x_fp, x_q, y_fp, counts  # a batch of the widest activations
+                streams.ranks.sum(moments.h, moments.g)
         with passes("weights"):
-            chosen = weights.quantize({name: layer[f"{name}.weight"] for name in names}, moments, settings)
+            chosen = chosen_by_first(names, moments)
         for name, (weight, losses) in chosen.items():
             keep(name, QuantizedLinear(weight, bias_of(name)), losses)
+
+    def chosen_by_first(
+        names: Sequence[str], moments: weights.Moments | None
+    ) -> dict[str, tuple[QuantizedWeight, dict[str, Any]]]:
+        """Rank 0 decides: on another card the same search may end otherwise."""
+        chosen = {}
+        if streams.ranks.rank == 0:
+            chosen = weights.quantize({name: layer[f"{name}.weight"] for name in names}, moments, settings)
+        fields = {(name, field): x for name, (weight, _) in chosen.items() for field, x in vars(weight).items()}
+        losses = {name: losses for name, (_, losses) in chosen.items()}
+        fields, losses = streams.ranks.share(fields, losses, streams.device)
+        kind = ChannelWeight if settings.group_size == -1 else GroupedWeight
+        return {
+            name: (kind(**{field: x for (of, field), x in fields.items() if of == name}), losses[name])
+            for name in names
+        }
 
     def before_attention(block: Block, x: Tensor) -> Tensor:
         return block.norm("input_layernorm", x)
@@ -121,15 +140,15 @@ def quantize(
     stage(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], before_attention)
     stage(["self_attn.o_proj"], before_o)
     with passes("propagate"):
-        for x_fp, x_q in batches(streams.x_fp, streams.x_q):
-            x_fp.copy_(fp.attention_half(x_fp, rope, None))
-            x_q.copy_(q.attention_half(x_q, rope, cache))
+        for x_fp, x_q in streams.batches():
+            x_fp.copy_(fp.attention_half(x_fp.to(streams.device), rope, None))
+            x_q.copy_(q.attention_half(x_q.to(streams.device), rope, cache))
     stage(["mlp.gate_proj", "mlp.up_proj"], before_mlp)
     stage(["mlp.down_proj"], lambda block, x: block.feed(before_mlp(block, x)))
     with passes("propagate"):
-        for x_fp, x_q in batches(streams.x_fp, streams.x_q):
-            x_fp.copy_(fp.mlp_half(x_fp))
-            x_q.copy_(q.mlp_half(x_q))
+        for x_fp, x_q in streams.batches():
+            x_fp.copy_(fp.mlp_half(x_fp.to(streams.device)))
+            x_q.copy_(q.mlp_half(x_q.to(streams.device)))
     return QuantizedLayer({name: linears[name] for name in LINEARS}, norms, kv), report
 
 
@@ -155,10 +174,15 @@ def pack(quantized: QuantizedLayer, index: int) -> tuple[dict[str, Tensor], dict
     return tensors, digests
 
 
-def unpack(path: Path, spec: ModelSpec, index: int, settings: Recipe, device: torch.device) -> QuantizedLayer:
-    """The inverse of `pack`, from the file of a finished layer."""
+def read(path: Path) -> Layer:
+    """The tensors of a finished layer, from its file."""
+    return {name: shards.read_tensor(path, name) for name in shards.read_header(path)}
+
+
+def unpack(packed: Layer, spec: ModelSpec, index: int, settings: Recipe, device: str) -> QuantizedLayer:
+    """The inverse of `pack`."""
     prefix = f"model.layers.{index}."
-    tensors = {name: shards.read_tensor(path, name).to(device) for name in shards.read_header(path)}
+    tensors = {name: tensor.to(device) for name, tensor in packed.items()}
     return QuantizedLayer(
         {name: checkpoint.unpack_linear(prefix + name, tensors) for name in LINEARS},
         {name: tensors[f"{prefix}{name}.weight"] for name in spec.norm_shapes()},

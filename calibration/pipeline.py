@@ -11,7 +11,7 @@ import logging
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ import qoq
 from qoq import checkpoint, recipe
 from qoq.calibration import blocks, data, insight, layer, pad, publish, rotate
 from qoq.calibration.blocks import Streams
+from qoq.calibration.memory import Placement
+from qoq.calibration.ranks import Ranks
 from qoq.calibration.work import Work
-from qoq.errors import QuantizationError
+from qoq.errors import DataError, QuantizationError
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, ModelSpec
 from qoq.models.decoder import (
+    KVTransform,
     QuantizedLayer,
     Rope,
     float_block,
@@ -42,54 +45,6 @@ from qoq.recipe import Recipe
 PROBE_TOKENS = 16
 TOKENS_PER_FEATURE = 8  # below this, perplexity on other text was seen to rise
 MAX_TRANSFORM_ERROR = 1e-4  # of the hidden states and of the logits, relative, in float32
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do and need, known before it starts."""
-
-    source: str
-    layers: int
-    parameters: int  # in quantized linears
-    source_bytes: int
-    output_bytes: int
-    memory_bytes: int  # estimated peak
-    tokens: int
-
-    def line(self, output: Path) -> str:
-        gib = 2**30
-        return (
-            f"{self.source}: {self.layers} layers, {self.parameters / 1e6:.0f} M weights to quantize, "
-            f"{self.source_bytes / gib:.2f} GiB -> {output} {self.output_bytes / gib:.2f} GiB; "
-            f"about {self.memory_bytes / gib:.1f} GiB of memory, {self.tokens} calibration tokens"
-        )
-
-
-def plan(source: Source, settings: Recipe) -> Plan:
-    """Sizes from config and headers alone.
-
-    Raises:
-        QuantizationError: the model does not fit the group size.
-    """
-    spec = target_spec(source.spec, settings)
-    checkpoint.check_group_size(spec, settings.group_size)
-    left = checkpoint.half_linears(spec, settings.modules_to_not_convert)
-    per_layer = spec.linear_parameters() // spec.num_layers
-    tokens = settings.calibration.nsamples * settings.calibration.seqlen
-    widest = max(spec.linear_shape(name)[1] for name in LINEARS)
-    moments = 4 * 6 * widest**2 if settings.weights.gptq else 0
-    working_set = 4 * 4 * per_layer + moments  # float32: original, transformed, dequantized, in the making
-    streams = 2 * 4 * tokens * spec.hidden_size
-    embedding = 10 * spec.vocab_size * spec.hidden_size
-    return Plan(
-        source=source.name,
-        layers=spec.num_layers,
-        parameters=spec.linear_parameters(),
-        source_bytes=source.bytes(),
-        output_bytes=checkpoint.size_in_bytes(spec, settings.group_size, settings.kv_cache, left),
-        memory_bytes=500 * 2**20 + max(working_set, embedding) + streams,
-        tokens=tokens,
-    )
 
 
 def target_spec(spec: ModelSpec, settings: Recipe) -> ModelSpec:
@@ -118,9 +73,11 @@ class Rotations:
     residual: Tensor | None  # (hidden, width), width the hidden size of the checkpoint
     values: Tensor | None  # (head_dim, head_dim)
 
-    def embedding(self, matrix: Tensor) -> Tensor:
-        """(vocab, hidden) -> (vocab, width)."""
-        return matrix if self.residual is None else rotate.rotate_matrix(matrix, self.residual)
+    def embedding(self, matrix: Tensor) -> Iterator[Tensor]:
+        """(vocab, hidden) -> (vocab, width), in slices of rows."""
+        if self.residual is None:
+            return iter(matrix.split(rotate.ROWS_AT_ONCE))
+        return rotate.rotated_slices(matrix, self.residual)
 
     def layer(self, tensors: dict[str, Tensor], original: ModelSpec, spec: ModelSpec) -> None:
         """Fold the norms of a layer, rotate and pad it, in place."""
@@ -131,12 +88,12 @@ class Rotations:
         rotate.rotate_values(tensors, original, self.values)
         pad.pad_layer(tensors, original, spec)
 
-    def head(self, norm: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
-        """The gain of the final norm (width,) and lm_head (vocab, width), the gain folded into it."""
+    def head(self, norm: Tensor, lm_head: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+        """The gain of the final norm (width,) and lm_head (vocab, width) in slices of rows, the gain folded in."""
         if self.residual is None:
-            return norm, lm_head
-        head = rotate.rotate_matrix(lm_head, rotate.reading(self.residual), norm)
-        return torch.ones(head.shape[1]), head
+            return norm, iter(lm_head.split(rotate.ROWS_AT_ONCE))
+        reading = rotate.reading(self.residual)
+        return torch.ones(reading.shape[1]), rotate.rotated_slices(lm_head, reading, norm)
 
 
 def rotations(original: ModelSpec, spec: ModelSpec, settings: Recipe, device: str) -> Rotations:
@@ -155,8 +112,15 @@ class Run:
     spec: ModelSpec  # of the checkpoint
     settings: Recipe
     rotations: Rotations
-    work: Work
+    work: Work | None  # of rank 0, which alone writes
     device: str
+    ranks: Ranks
+    placement: Placement
+
+    def has(self, part: str) -> bool:
+        """Whether an interrupted run finished a part."""
+        done = self.work is not None and self.work.has(part)
+        return bool(self.ranks.share({}, done, "cpu")[1])
 
 
 def quantize(
@@ -167,22 +131,29 @@ def quantize(
     device: str = "cpu",
     resume: bool = True,
     on_layer: Callable[[Mapping[str, Any]], None] = lambda report: None,
+    placement: Placement | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Make a checkpoint of `source` in the new folder `output`; returns the report that is written with it.
 
-    `on_layer` hears of each finished layer, those of an interrupted run included.
+    `on_layer` hears of each finished layer, those of an interrupted run included. `placement` says where the samples
+    lie and how many tokens a batch has. Of several `ranks`, each computes with its share of the samples, and rank 0
+    writes; call it within `ranks.together()`.
 
     Raises:
         QoqError: see the kinds in `qoq.errors`; whatever was finished stays in the work folder.
     """
+    placement, ranks = placement or Placement(), ranks or Ranks()
     started = time.monotonic()
-    plan(source, settings)
+    spec = target_spec(source.spec, settings)
+    checkpoint.check_group_size(spec, settings.group_size)
     tokenizer = source.tokenizer()
     calibration = settings.calibration
     tokens = data.samples(tokenizer, calibration.dataset, calibration.nsamples, calibration.seqlen, settings.seed)
-    spec = target_spec(source.spec, settings)
+    if len(tokens) < ranks.size:
+        raise DataError(f"{len(tokens)} calibration samples for {ranks.size} ranks, expected one for each at least")
     widest = max(spec.linear_shape(name)[1] for name in LINEARS)
-    if settings.weights.gptq and tokens.numel() < TOKENS_PER_FEATURE * widest:
+    if ranks.rank == 0 and settings.weights.gptq and tokens.numel() < TOKENS_PER_FEATURE * widest:
         logging.getLogger(__name__).warning(
             "%d calibration tokens are few for Hessians of %d features; %d or more are better",
             tokens.numel(),
@@ -196,12 +167,15 @@ def quantize(
         "version": qoq.__version__,
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
+        "batch": placement.tokens_at_once,
+        "ranks": ranks.size,
     }
-    work = Work(output, identity, resume)
+    work = Work(output, identity, resume) if ranks.rank == 0 else None
 
-    run = Run(source, spec, settings, rotations(source.spec, spec, settings, device), work, device)
-    streams, probe = _embed(run, tokens)
-    drift = insight.Drift(streams)
+    turn = rotations(source.spec, spec, settings, device)
+    run = Run(source, spec, settings, turn, work, device, ranks, placement)
+    streams, probe = _embed(run, tokens[ranks.share_of(len(tokens))])
+    drift = insight.Drift(streams) if ranks.rank == 0 else None
     layers = []
     for index in range(spec.num_layers):
         layers.append(_layer(run, index, streams, probe, drift))
@@ -223,45 +197,64 @@ def quantize(
             "sha256": identity["calibration tokens"],
         },
         "recipe": identity["recipe"],
+        "ranks": ranks.size,
         "layers": layers,
         "kl": divergence,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_bytes": 0 if device == "cpu" else torch.cuda.max_memory_allocated(device),
         "seconds": round(time.monotonic() - started, 1),
     }
-    publish.publish(source, spec, settings, tokenizer, report, work)
+    if work is not None:
+        publish.publish(source, spec, settings, tokenizer, report, work)
     return report
 
 
 def _embed(run: Run, tokens: Tensor) -> tuple[Streams, Probe]:
-    """Write the embedding and start streams and probe from it."""
+    """Write the embedding and start streams and probe from it; a slice of the rotated matrix is in memory at a time."""
     original = run.source.embedding()
     generator = torch.Generator().manual_seed(0)
     probe_ids = torch.randint(0, run.source.spec.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    rotated = run.rotations.embedding(original)
-    half = checkpoint.to_fp16(EMBEDDING, rotated)
-    if not run.work.has("embed"):
+    dtype, home = torch.float32 if run.device == "cpu" else torch.float16, run.placement.home(run.device)
+    x_fp, x_q = (torch.empty(*tokens.shape, run.spec.hidden_size, dtype=dtype, device=home) for _ in range(2))
+    transformed = torch.empty(*probe_ids.shape, run.spec.hidden_size)
+    half = torch.empty(len(original), run.spec.hidden_size, dtype=torch.float16)
+    start = 0
+    for rows in run.rotations.embedding(original):
+        part = half[start : start + len(rows)]
+        part.copy_(checkpoint.to_fp16(EMBEDDING, rows))
+        for ids, source, target in ((tokens, rows, x_fp), (tokens, part, x_q), (probe_ids, rows, transformed)):
+            _gather(ids - start, source, target)
+        start += len(rows)
+    if run.work is not None and not run.work.has("embed"):
         run.work.write("embed", {EMBEDDING: half}, {"digests": {EMBEDDING: publish.digest(half)}})
-    dtype = torch.float32 if run.device == "cpu" else torch.float16
     rope = rotary_embedding(run.source.config)
     streams = Streams(
-        x_fp=rotated[tokens].to(run.device, dtype),
-        x_q=half[tokens].to(run.device, dtype),
-        rope=_to(rope(torch.arange(tokens.shape[1])), run.device),
+        x_fp,
+        x_q,
+        _to(rope(torch.arange(tokens.shape[1])), run.device),
+        run.placement.tokens_at_once,
+        run.ranks,
     )
     probe = Probe(
         original[probe_ids].to(run.device, torch.float32),
-        rotated[probe_ids].to(run.device, torch.float32),
+        transformed.to(run.device),
         _to(rope(torch.arange(PROBE_TOKENS)), run.device),
     )
     return streams, probe
+
+
+def _gather(ids: Tensor, rows: Tensor, target: Tensor) -> None:
+    """target[s, t] = rows[ids[s, t]] where there is such a row."""
+    for sample, into in zip(ids, target, strict=True):
+        at = ((sample >= 0) & (sample < len(rows))).nonzero()[:, 0]
+        into[at.to(into.device)] = rows[sample[at]].to(into)
 
 
 def _to(rope: Rope, device: str) -> Rope:
     return rope[0].to(device), rope[1].to(device)
 
 
-def _layer(run: Run, index: int, streams: Streams, probe: Probe, drift: insight.Drift) -> dict[str, Any]:
+def _layer(run: Run, index: int, streams: Streams, probe: Probe, drift: insight.Drift | None) -> dict[str, Any]:
     """Transform, check, quantize and write one layer, and move everything past it."""
     started, passes = time.monotonic(), blocks.Stopwatch(torch.device(run.device))
     spec, settings, part = run.spec, run.settings, f"layer-{index:05d}"
@@ -272,16 +265,20 @@ def _layer(run: Run, index: int, streams: Streams, probe: Probe, drift: insight.
         run.rotations.layer(weights, run.source.spec, spec)
     with passes("smooth"):
         kv, choices = layer.transform(weights, spec, index, streams, settings)
+        weights, kv, choices = _agree(run, weights, kv, choices)
     blocks.propagate(float_block(spec, index, weights), probe.transformed, probe.rope)
     error = probe.error(run.rotations.residual)
     check_transform(error, f"layer {index}")
 
-    done = run.work.has(part)
+    done = run.has(part)
     if done:
-        quantized = layer.unpack(run.work.path(part), spec, index, settings, streams.x_fp.device)
+        quantized = _finished(run, part, index)
         _replay(weights, quantized, run, index, streams)
     else:
         quantized, losses = layer.quantize(weights, kv, spec, index, streams, settings, passes)
+    loss = _loss(streams)
+    if drift is None or run.work is None:
+        return {"layer": index, "loss": loss}
     with passes("insight"):
         ratios = settings.kv_cache.clip_ratios
         causes = drift.advance(insight.variants(weights, quantized, spec, index, drift.rope, ratios))
@@ -289,7 +286,7 @@ def _layer(run: Run, index: int, streams: Streams, probe: Probe, drift: insight.
         return {key: value for key, value in run.work.report(part).items() if key != "digests"}
     report = {
         "layer": index,
-        "loss": relative_error(streams.x_q, streams.x_fp),
+        "loss": loss,
         "transform_error": error,
         **choices,
         "linears": losses,
@@ -302,32 +299,63 @@ def _layer(run: Run, index: int, streams: Streams, probe: Probe, drift: insight.
     return report
 
 
+def _agree(
+    run: Run, weights: dict[str, Tensor], kv: KVTransform, choices: dict[str, Any]
+) -> tuple[dict[str, Tensor], KVTransform, dict[str, Any]]:
+    """The transformed layer of rank 0, on every rank."""
+    if run.ranks.size == 1:
+        return weights, kv, choices
+    offsets = {name: x for name, x in (("k_offset", kv.k_offset), ("v_offset", kv.v_offset)) if x is not None}
+    tensors, choices = run.ranks.share(weights | offsets, choices, run.device)
+    offsets = {name: tensors.pop(name) for name in offsets}
+    return tensors, KVTransform(kv.rotate, **offsets), choices
+
+
+def _finished(run: Run, part: str, index: int) -> QuantizedLayer:
+    """A layer that an interrupted run finished; rank 0 reads it."""
+    tensors = {} if run.work is None else layer.read(run.work.path(part))
+    return layer.unpack(run.ranks.share(tensors, None, "cpu")[0], run.spec, index, run.settings, run.device)
+
+
+def _loss(streams: Streams) -> float:
+    """`relative_error` of the quantized stream, over the samples of all ranks."""
+    found, expected = ((sample.to(streams.device) for sample in x) for x in (streams.x_q, streams.x_fp))
+    sums = torch.tensor(squared_sums(found, expected), dtype=torch.float64)
+    streams.ranks.sum(sums)
+    return float(sums[0]) / max(float(sums[1]), 1e-300)
+
+
 def _replay(weights: dict[str, Tensor], quantized: QuantizedLayer, run: Run, index: int, streams: Streams) -> None:
     """Move the streams past a layer that an interrupted run finished."""
     dtype = streams.x_fp.dtype
-    blocks.propagate(float_block(run.spec, index, weights, dtype), streams.x_fp, streams.rope)
+    rope, tokens = streams.rope, streams.tokens_at_once
+    blocks.propagate(float_block(run.spec, index, weights, dtype), streams.x_fp, rope, None, tokens)
     cache = simulated_cache(run.settings.kv_cache.clip_ratios)
-    blocks.propagate(simulated_block(run.spec, index, quantized, dtype), streams.x_q, streams.rope, cache)
+    blocks.propagate(simulated_block(run.spec, index, quantized, dtype), streams.x_q, rope, cache, tokens)
 
 
-def _head(run: Run, probe: Probe, drift: insight.Drift) -> dict[str, float]:
+def _head(run: Run, probe: Probe, drift: insight.Drift | None) -> dict[str, float]:
     """Compare the logits of the transformed model with the original's, and write the final norm and lm_head.
 
-    Returns the KL divergence of each cause.
+    Returns the KL divergence of each cause, as the written lm_head tells it.
     """
     eps, new_eps = run.source.spec.rms_norm_eps, run.spec.rms_norm_eps
     original, norm = run.source.lm_head(), run.source.final_norm()
-    gain, head = run.rotations.head(norm, original)
+    gain, slices = run.rotations.head(norm, original)
     expected = _logits(probe.original, norm, original, eps)
-    check_transform(relative_error(_logits(probe.transformed, gain, head, new_eps), expected) ** 0.5, "the logits")
-    if not run.work.has("head"):
-        tensors = {
-            FINAL_NORM: checkpoint.to_fp16(FINAL_NORM, gain),
-            LM_HEAD: checkpoint.to_fp16(LM_HEAD, head).contiguous(),
-        }
+    half = torch.empty(len(original), run.spec.hidden_size, dtype=torch.float16)
+    found, start = torch.empty_like(expected), 0
+    for rows in slices:
+        half[start : start + len(rows)] = checkpoint.to_fp16(LM_HEAD, rows)
+        found[..., start : start + len(rows)] = _logits(probe.transformed, gain, rows, new_eps)
+        start += len(rows)
+    del original
+    check_transform(relative_error(found, expected) ** 0.5, "the logits")
+    if run.work is not None and not run.work.has("head"):
+        tensors = {FINAL_NORM: checkpoint.to_fp16(FINAL_NORM, gain), LM_HEAD: half}
         digests = {name: publish.digest(tensor) for name, tensor in tensors.items()}
         run.work.write("head", tensors, {"digests": digests})
-    return drift.divergence(lambda x: _logits(x, gain, head, new_eps))
+    return {} if drift is None else drift.divergence(lambda x: _logits(x, gain, half, new_eps))
 
 
 def _logits(x: Tensor, gain: Tensor, head: Tensor, eps: float) -> Tensor:
@@ -347,5 +375,14 @@ def check_transform(error: float, where: str) -> None:
 
 def relative_error(x: Tensor, reference: Tensor) -> float:
     """|x - reference|**2 / |reference|**2, of (samples, ...) tensors."""
-    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(x, reference, strict=True))
-    return difference / max(sum(float(b.double().square().sum()) for b in reference), 1e-300)
+    difference, size = squared_sums(x, reference)
+    return difference / max(size, 1e-300)
+
+
+def squared_sums(x: Iterable[Tensor], reference: Iterable[Tensor]) -> tuple[float, float]:
+    """|x - reference|**2 and |reference|**2, sample by sample."""
+    difference, size = 0.0, 0.0
+    for a, b in zip(x, reference, strict=True):
+        difference += float((a.double() - b.double()).square().sum())
+        size += float(b.double().square().sum())
+    return difference, size

@@ -5,6 +5,7 @@ unit norm gains RMSNorm commutes with R, so nothing is left to do at run time. Q
 """
 
 import math
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -152,9 +153,12 @@ def rotate_rows(weight: Tensor, r: Tensor) -> Tensor:
 
 
 def rotate_matrix(matrix: Tensor, r: Tensor, gain: Tensor | None = None) -> Tensor:
-    """(W diag(gain)) R of an embedding or lm_head (vocab, hidden), float32 on the CPU; in slices of rows."""
+    """(W diag(gain)) R of an embedding or lm_head (vocab, hidden), float32 on the CPU."""
+    return torch.cat(list(rotated_slices(matrix, r, gain)))
+
+
+def rotated_slices(matrix: Tensor, r: Tensor, gain: Tensor | None = None) -> Iterator[Tensor]:
+    """`rotate_matrix`, `ROWS_AT_ONCE` rows after the other."""
     scaled = r if gain is None else gain.to(r)[:, None] * r
-    rotated = torch.empty(len(matrix), r.shape[1])
-    for source, target in zip(matrix.split(ROWS_AT_ONCE), rotated.split(ROWS_AT_ONCE), strict=True):
-        target.copy_(source.to(scaled) @ scaled)
-    return rotated
+    for rows in matrix.split(ROWS_AT_ONCE):
+        yield (rows.to(scaled) @ scaled).to("cpu", torch.float32)

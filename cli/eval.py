@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     "--backend",
     "backends",
     multiple=True,
-    type=click.Choice(["original", "simulate", "runtime"]),
-    help="May be repeated.  [default: runtime for a checkpoint, else original]",
+    type=click.Choice(["original", "simulate", "runtime", "prefill", "decode"]),
+    help="May be repeated.  [default: of a checkpoint runtime, on a GPU prefill; else original]",
 )
 @click.option("--seqlen", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens in a window.")
 @click.option("--limit", type=click.IntRange(min=1), help="Windows, or examples of each task.")
@@ -42,8 +42,9 @@ def evaluate(
 ) -> None:
     """Measure MODEL: a checkpoint folder, or what `quantize` takes.
 
-    A checkpoint runs through its packed integers (runtime), through float fake quantization (simulate), or as
-    the model it was made from (original).
+    A checkpoint runs through its packed integers (runtime), through float fake quantization (simulate), as the
+    model it was made from (original), or through the engine that serves it: as it computes prompts (prefill), or token
+    by token as it computes answers (decode).
     """
     from qoq import evaluate as ev
 
@@ -53,7 +54,8 @@ def evaluate(
     subject = Subject(model, trust_remote_code)
     if subject.checkpoint is None and set(backends) - {"original"}:
         raise click.UsageError(f"{model} is no checkpoint: only --backend original can run it")
-    backends = backends or ("original" if subject.checkpoint is None else "runtime",)
+    packed = "runtime" if device == "cpu" else "prefill"
+    backends = backends or ("original" if subject.checkpoint is None else packed,)
     tokenizer, max_length = subject.tokenizer(), subject.folder.config.max_position_embeddings
     ids = None if dataset is None else ev.windows(tokenizer, ev.evaluation_text(dataset), seqlen, limit)
 

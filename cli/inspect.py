@@ -119,7 +119,7 @@ def _identity(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 def _loads_in(group_size: int, exceptions: bool) -> list[str]:
     """Engines that read this layout. Groups of 64 and linears in 16 bits are extensions that only qoq knows."""
-    others = ["QServe / OmniServe (after qoq convert, without norms)", "SGLang 0.4.7 to 0.5.15"]
+    others = ["QServe / OmniServe and SGLang 0.4.7 to 0.5.15 (after qoq convert --to qserve)"]
     return ["qoq"] if group_size == 64 or exceptions else ["qoq", *others]
 
 

@@ -9,6 +9,7 @@ import qoq
 from qoq.cli.bench import bench
 from qoq.cli.chat import chat
 from qoq.cli.compare import compare
+from qoq.cli.convert import convert
 from qoq.cli.eval import evaluate
 from qoq.cli.gate import gate
 from qoq.cli.inspect import inspect
@@ -26,7 +27,7 @@ def group() -> None:
     """Quantize a Hugging Face LLM to W4A8KV4, prove the checkpoint right, and run it."""
 
 
-for command in (quantize, evaluate, compare, gate, inspect, push, chat, serve, bench):
+for command in (quantize, evaluate, compare, gate, inspect, convert, push, chat, serve, bench):
     group.add_command(command)
 for measurement in (throughput, latency):
     bench.add_command(measurement)

@@ -88,7 +88,7 @@ def upload(folder: Path, repo: str, files: Sequence[Path], private: bool, messag
     """
     from huggingface_hub import HfApi
 
-    from qoq.errors import OutputError
+    from qoq.errors import OutputError, first_line
 
     api = HfApi()
     try:
@@ -101,6 +101,5 @@ def upload(folder: Path, repo: str, files: Sequence[Path], private: bool, messag
     except OutputError:
         raise
     except Exception as error:  # the hub client raises its own, httpx's and OSError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OutputError(f"{repo}: the hub did not take it ({reason})") from None
+        raise OutputError(f"{repo}: the hub did not take it ({first_line(error)})") from None
     return str(commit.commit_url)

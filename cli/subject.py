@@ -56,4 +56,5 @@ class Subject:
         if backend == "original":
             return evaluate.OriginalModel(self.original, device)
         assert self.checkpoint is not None, f"{self.name} is no checkpoint"
-        return evaluate.QuantizedModel(self.checkpoint, backend, device)
+        kind = evaluate.EngineModel if backend in ("prefill", "decode") else evaluate.QuantizedModel
+        return kind(self.checkpoint, backend, device)

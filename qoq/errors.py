@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     return shown if len(text) <= LONGEST_LINE else f"{shown}... ({len(text)} characters)"
 
 
+def first_line(error: Exception) -> str:
+    """What another program's exception says, without the rest of its story."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class QoqError(Exception):
     """Base of all errors that are the input's fault, not the program's. Names in a message may be anyone's."""
 

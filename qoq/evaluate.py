@@ -16,10 +16,12 @@ from torch import Tensor
 from qoq.checkpoint import Checkpoint
 from qoq.errors import DataError, ModelError
 from qoq.models.source import Source
+from qoq.runtime.engine import LLMEngine
 from qoq.runtime.model import KVCache, greedy, load
+from qoq.runtime.sampler import SamplingParams
 from qoq.text import documents
 
-BACKENDS = ("original", "simulate", "runtime")
+BACKENDS = ("original", "simulate", "runtime", "prefill", "decode")
 
 
 class Model(Protocol):
@@ -147,6 +149,21 @@ class QuantizedModel:
 
     def stream(self, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
         return greedy(self.decoder, token_ids, max_tokens)
+
+
+class EngineModel:
+    """A checkpoint through the engine: as it computes prompts (`prefill`) or answers, token by token (`decode`)."""
+
+    def __init__(self, checkpoint: Checkpoint, backend: str, device: str = "cpu"):
+        self.by_token = backend == "decode"
+        self.engine = LLMEngine.from_checkpoint(checkpoint, device, max_num_seqs=1)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.engine.logits(ids[0].tolist(), self.by_token)[None]
+
+    def stream(self, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        return (output.token_ids[-1] for output in self.engine.stream(token_ids, params))
 
 
 def tasks(

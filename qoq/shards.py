@@ -32,7 +32,15 @@ BITS = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
-DTYPES = {"F16": torch.float16, "I8": torch.int8, "F32": torch.float32, "BF16": torch.bfloat16}
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         with open(draft, "wb") as file:
             file.write(_header(kinds, metadata or {}))
             for tensor in tensors.values():
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+                flat = tensor.contiguous().flatten()  # a dimension of 1 may have any stride
+                file.write(flat.view(torch.uint8).numpy().data)
         os.replace(draft, path)
     except OSError as error:
         raise cannot_write(path, error) from None

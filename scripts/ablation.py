@@ -80,7 +80,7 @@ def alone(source: Source, settings: Recipe, device: str) -> Iterator[tuple[str, 
     tokens = data.samples(
         source.tokenizer(), calibration.dataset, calibration.nsamples, calibration.seqlen, settings.seed
     )
-    embedding, rope = turn.embedding(source.embedding()).to(device), rotary_embedding(source.config)
+    embedding, rope = torch.cat(list(turn.embedding(source.embedding()))).to(device), rotary_embedding(source.config)
     x = embedding[tokens.to(device)]
     streams = blocks.Streams(x, x, rope(torch.arange(tokens.shape[1], device=device)))
     with_kv, with_a8 = [], []
@@ -93,7 +93,8 @@ def alone(source: Source, settings: Recipe, device: str) -> Iterator[tuple[str, 
         with_kv.append(dataclasses.replace(block, kv=kv))
         linears = {name: insight.on_rows(linear) for name, linear in block.linears.items()}
         with_a8.append(dataclasses.replace(block, linears=linears))
-    norm, head = (x.float().to(device) for x in turn.head(source.final_norm(), source.lm_head()))
+    norm, slices = turn.head(source.final_norm(), source.lm_head())
+    norm, head = norm.float().to(device), torch.cat(list(slices)).float().to(device)
     yield (
         "KV4 alone",
         Alone(Decoder(embedding, with_kv, norm, head, rope), simulated_cache(settings.kv_cache.clip_ratios)),

@@ -1,11 +1,14 @@
-"""Proof that quantizing streams: a random Llama of 1.9 billion parameters, and the peak memory of `qoq quantize` on it.
+"""Proof that quantizing streams: a random Llama of 1.9 billion parameters, and the peak memory of `qoq quantize` on it,
+beside what `qoq quantize --plan` says of it.
 
     python scripts/peak_memory.py
 
-Exits with 1 if the peak exceeds 35 % of the size of the weight files. Needs Linux (/proc) and 5 GB of disk.
+Exits with 1 if the peak exceeds 35 % of the size of the weight files, or the plan is off by more than it says. Needs
+Linux (/proc) and 5 GB of disk.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -38,9 +41,13 @@ def main() -> None:
         print(f"random Llama, {options.layers} layers: {size / 1e9:.2f} GB", flush=True)
         model, output = str(folder / "model"), str(folder / "quantized")
         command = ["quantize", "--model", model, "--output", output, "--recipe", options.recipe, *CALIBRATION]
+        planned = subprocess.run([sys.executable, "-m", "qoq", *command, "--plan", "--json"], stdout=subprocess.PIPE)
+        run = json.loads(planned.stdout)["run"]
         peak = peak_memory([sys.executable, "-m", "qoq", *command])
+    said = run["peak_bytes"]["host"]
+    print(f"the plan said {said / 1e9:.2f} GB ({said / peak - 1:+.1%})")
     print(f"peak memory {peak / 1e9:.2f} GB, {100 * peak / size:.1f} % of the weights; allowed {100 * LIMIT:.0f} %")
-    sys.exit(peak > LIMIT * size)
+    sys.exit(peak > LIMIT * size or abs(said / peak - 1) > run["error"])
 
 
 def write_model(folder: Path, layers: int) -> int:

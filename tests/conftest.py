@@ -208,6 +208,19 @@ def qoq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     return run
 
 
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+
+
+def weight_of(checkpoint: Any, full: str) -> Any:
+    """The quantized weight of the linear of this full name."""
+    index, name = full.removeprefix("model.layers.").split(".", 1)
+    return checkpoint.linear(int(index), name).weight
+
+
 def only_line(result: tuple[int, str, str]) -> str:
     """The one line on stderr of a command that failed."""
     code, out, err = result

@@ -92,16 +92,18 @@ def test_quantize_without_resume(qoq, llama, settings_file, tmp_path):
 
 def test_eval_perplexity_of_every_backend(qoq, checkpoint_folder, text_file):
     options = ["--ppl", text_file, "--seqlen", "32", "--limit", "2", "--json"]
-    backends = [word for name in ("runtime", "simulate", "original") for word in ("--backend", name)]
+    names = ["runtime", "simulate", "original", "prefill", "decode"]
+    backends = [word for name in names for word in ("--backend", name)]
     code, out, err = qoq("eval", checkpoint_folder(), *options, *backends)
     assert code == 0, err
     results = json.loads(out)["results"]
-    assert [result["backend"] for result in results] == ["runtime", "simulate", "original"]
+    assert [result["backend"] for result in results] == names
     for result in results:
         assert result["dataset"] == text_file.name
         assert (result["seqlen"], result["windows"], result["tokens"]) == (32, 2, 62)
         assert result["model"] == str(checkpoint_folder()) and result["seconds"] >= 0
-    packed, simulated, original = (result["perplexity"] for result in results)
+    packed, simulated, original, prefill, decode = (result["perplexity"] for result in results)
+    assert prefill == pytest.approx(packed, rel=1e-4) and decode == pytest.approx(packed, rel=1e-4)
     assert math.log(packed) == pytest.approx(math.log(simulated), rel=0.02) and packed != original
 
 

@@ -136,6 +136,18 @@ def test_quantization_costs_little_on_a_tiny_model(checkpoint_folder, llama):
     assert packed == pytest.approx(original, rel=0.3) and packed != original
 
 
+def test_the_engine_has_the_runtimes_perplexity(any_checkpoint):
+    """Whether it computes windows as prompts or token by token; and nothing of a window is left for the next."""
+    ids = torch.randint(0, 256, (2, 100), generator=torch.Generator().manual_seed(0))
+    made = Checkpoint(any_checkpoint)
+    packed = evaluate.mean_nll(evaluate.QuantizedModel(made, "runtime"), ids)
+    for backend in ("prefill", "decode"):
+        model = evaluate.EngineModel(made, backend)
+        assert evaluate.mean_nll(model, ids) == pytest.approx(packed, rel=1e-4)
+        assert len(list(model.stream(ids[0].tolist(), 3))) == 3
+        assert model.engine.scheduler.pages.free == model.engine.scheduler.pages.count
+
+
 # lm-eval
 
 TASK = """

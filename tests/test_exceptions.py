@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import relative
+from conftest import relative, tensors_of
 from safetensors.torch import load_file
 
 from qoq import checkpoint, verify
-from qoq.calibration import pipeline
+from qoq.calibration import pipeline, plan
 from qoq.checkpoint import Checkpoint
+from qoq.convert import convert, open_origin
 from qoq.errors import CheckpointError, ModelError, QuantizationError
 from qoq.models.source import open_source
 from qoq.quant import HalfLinear, QuantizedLinear
@@ -44,8 +45,11 @@ def test_it_is_whole_and_says_so(made, source_folder, tiny_recipe):
     tensors = load_file(made / SHARD)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == folder.expected
     size = sum(tensor.nbytes for tensor in tensors.values())
-    plan = pipeline.plan(open_source(str(source_folder("llama-bias-tied"))), tiny_recipe(modules_to_not_convert=NAMES))
-    assert plan.output_bytes == size > checkpoint.size_in_bytes(folder.spec, 128, folder.kv_cache)
+    source = open_source(str(source_folder("llama-bias-tied")))
+    planned = plan.of_source(source, tiny_recipe(modules_to_not_convert=NAMES), "cpu")
+    left = sum(tensors[f"{name}.weight"].numel() for name in LINEARS)
+    assert planned.quantized_parameters == folder.spec.linear_parameters() - left
+    assert planned.output_bytes == size > checkpoint.size_in_bytes(folder.spec, 128, folder.kv_cache)
 
 
 def test_linears_are_read_as_what_they_are(made):
@@ -110,6 +114,55 @@ def test_transformers_says_that_it_does_not_run_it(made):
 
     with pytest.raises(ModelError, match="is in 16 bits, which qoq's engine runs and transformers does not"):
         AutoModelForCausalLM.from_pretrained(made)
+
+
+@pytest.mark.parametrize("to", ["hf", "compressed-tensors", "compressed-tensors-w8a8"])
+def test_formats_that_have_them(made, tmp_path, to):
+    origin = open_origin(made)
+    report = convert(origin, tmp_path / "out", to, max_error=0.2)
+    ours, tensors = tensors_of(made), tensors_of(tmp_path / "out")
+    assert all(torch.equal(tensors[f"{name}.weight"], ours[f"{name}.weight"]) for name in LINEARS)
+    declared = json.loads((tmp_path / "out" / "config.json").read_text()).get("quantization_config", {})
+    if to != "hf":
+        assert declared["ignore"] == ["lm_head", *sorted(LINEARS)]
+        assert "Note: 4 linears were in 16 bits and are." in (tmp_path / "out" / "README.md").read_text()
+    assert report["layers"][0]["linears"]["mlp.up_proj"] == 0
+    if to == "compressed-tensors-w8a8":
+        assert report["error"] == 0
+
+
+def test_transformers_opens_an_export_that_has_them(made, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    convert(open_origin(made), tmp_path / "out", "compressed-tensors-w8a8")
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    for index, layer in enumerate(Checkpoint(made).layer(i) for i in range(2)):
+        for name, linear in layer.linears.items():
+            found = model.get_parameter(f"model.layers.{index}.{name}.weight")
+            assert relative(found, linear.matrix()) < 5e-4
+
+
+def test_formats_that_have_none(made, tmp_path):
+    for to in ("qserve", "humming"):
+        with pytest.raises(
+            QuantizationError, match=f"--to {to} has no linears in 16 bits, model.layers.0.mlp.down_proj"
+        ):
+            convert(open_origin(made), tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensor_parallel_cuts_them(tiny_recipe, llama, tmp_path):
+    settings = tiny_recipe("rtn", 64, modules_to_not_convert=("model.layers.0",))
+    pipeline.quantize(open_source(str(llama)), tmp_path / "made", settings)
+    convert(open_origin(tmp_path / "made"), tmp_path / "tp", "qoq", tensor_parallel=2)
+    whole, parts = tensors_of(tmp_path / "made"), [tensors_of(tmp_path / "tp" / f"rank-{rank}") for rank in range(2)]
+    for name, dim in (("mlp.up_proj", 0), ("mlp.down_proj", 1)):
+        full = f"model.layers.0.{name}.weight"
+        assert torch.equal(torch.cat([part[full] for part in parts], dim), whole[full])
+    declared = json.loads((tmp_path / "tp" / "rank-0" / "config.json").read_text())["quantization_config"]
+    assert len(declared["modules_to_not_convert"]) == 8
 
 
 def test_inspect_lists_them(qoq, made):

@@ -15,7 +15,7 @@ from conftest import GROUP_SIZES, TESTS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from qoq import recipe, shards, verify
-from qoq.calibration import pipeline
+from qoq.calibration import pipeline, plan
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, OutputError, QuantizationError
 from qoq.models.architecture import LINEARS
@@ -115,9 +115,9 @@ def test_the_report_says_what_happened(checkpoint_folder, source, tiny_recipe):
 def test_the_plan_knows_the_size_of_the_result(checkpoint_folder, source, tiny_recipe):
     for group_size in GROUP_SIZES:
         index = json.loads((checkpoint_folder("llama", group_size) / shards.INDEX).read_text())
-        plan = pipeline.plan(source, tiny_recipe(group_size=group_size))
-        assert plan.output_bytes == index["metadata"]["total_size"]
-        assert plan.layers == 2 and plan.tokens == 128 and plan.source_bytes == source.bytes()
+        made = plan.of_source(source, tiny_recipe(group_size=group_size), "cpu")
+        assert made.output_bytes == index["metadata"]["total_size"]
+        assert made.layers == 2 and made.tokens == 128 and made.source_bytes == source.bytes()
 
 
 def test_licences_travel(copy_of, llama, tiny_recipe, tmp_path):

@@ -10,6 +10,7 @@ from conftest import only_line
 
 from qoq.calibration import card
 from qoq.checkpoint import Checkpoint
+from qoq.model_card import is_hub_id
 from qoq.models.source import open_source
 
 
@@ -198,8 +199,8 @@ def test_every_table_of_the_card_is_rectangular(write):
 
 def test_a_name_is_a_hub_id_or_not():
     for name, expected in (("a/b", True), ("meta-llama/Llama-3.2-1B", True), ("a", False), ("a/b/c", False)):
-        assert card.is_hub_id(name) is expected
-    assert not any(card.is_hub_id(name) for name in ("./a", "/a", "~/a", "a\n/b", "a b/c", "../a"))
+        assert is_hub_id(name) is expected
+    assert not any(is_hub_id(name) for name in ("./a", "/a", "~/a", "a\n/b", "a b/c", "../a"))
 
 
 def test_recipes_say_what_they_do(write, tiny_recipe, llama, checkpoint_folder):

@@ -20,9 +20,9 @@ from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, HeadNorms, Layout
 
 WARP = 32
-APPEND_WARPS, GATHER_THREADS, GATHER_DIMS = 8, 256, 8  # as in the sources
+APPEND_WARPS, APPEND_TOKENS, GATHER_THREADS, GATHER_DIMS = 8, 4, 256, 8  # as in the sources
 # Also as in decode.cu: pages that one block takes at most until a sequence has MAX_SPLITS splits, and limits.
-SPLIT_PAGES, MAX_SPLITS, MAX_BATCH, COLUMNS = 16, 32, 1024, 8
+SPLIT_PAGES, MAX_SPLITS, MAX_BATCH, COLUMNS = 32, 32, 1024, 8
 STEP = 16  # tokens that a warp takes at once
 MAX_STAGES = 4
 # Shared memory of a multiprocessor, and what a block needs of it beside the rings.
@@ -41,25 +41,34 @@ class Tile:
     warps: int  # in a block
     stages: int  # of copies in a warp's ring
     blocks: int  # on a multiprocessor
+    apart: bool  # results have their own memory, so that the next item's copies need not wait for them
 
     @staticmethod
     def of(layout: Layout, arch: str) -> "Tile":
-        """Many warps where their registers and at least two stages fit."""
+        """Many warps where their registers and at least two stages fit; results apart where four stages remain."""
         shared = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
         bits = layout.head_dim * layout.bits  # of a row: sums and queries take registers with it
         for warps, blocks, most in ((8, 2, 512), (4, 3, 1024), (4, 2, 2048), (2, 2, 4096), (2, 1, 4096)):
-            stages = (shared // blocks - BLOCK_BYTES) // (warps * stage_bytes(layout))
+            room = (shared // blocks - BLOCK_BYTES) // warps
+            stages, beside = room // stage_bytes(layout), (room - result_bytes(layout)) // stage_bytes(layout)
             if bits <= most and stages >= 2:
-                return Tile(warps, min(stages, MAX_STAGES), blocks)
+                apart = beside >= MAX_STAGES
+                return Tile(warps, min(stages, MAX_STAGES), blocks, apart)
         raise AssertionError(f"{layout} does not fit {arch}")
 
-    def ring_bytes(self, layout: Layout) -> int:
-        return self.warps * self.stages * stage_bytes(layout)
+    def shared_bytes(self, layout: Layout) -> int:
+        """Dynamic: the rings, and what results take beside them."""
+        return self.warps * (self.stages * stage_bytes(layout) + (result_bytes(layout) if self.apart else 0))
 
 
 def stage_bytes(layout: Layout) -> int:
     """What a warp copies at once."""
     return layout.record_bytes * STEP // PAGE
+
+
+def result_bytes(layout: Layout) -> int:
+    """Of a warp's sums; 4 floats spread the banks."""
+    return COLUMNS * (layout.head_dim + 4) * 4
 
 
 def _layout_defines(layout: Layout) -> dict[str, int | str]:
@@ -79,7 +88,12 @@ def _append_defines(layout: Layout, clip_ratios: tuple[float, ...]) -> dict[str,
 
 
 def _decode_defines(layout: Layout, tile: Tile) -> dict[str, int | str]:
-    return _layout_defines(layout) | {"WARPS": tile.warps, "STAGES": tile.stages, "BLOCKS": tile.blocks}
+    return _layout_defines(layout) | {
+        "WARPS": tile.warps,
+        "STAGES": tile.stages,
+        "BLOCKS": tile.blocks,
+        "APART": int(tile.apart),
+    }
 
 
 DECODE_CODE = (r"HMMA\.16816\.F32", r"LDSM\.16\.MT88\.4", r"MOVM\.16\.MT88", r"LDGSTS\.E\.BYPASS\.128")
@@ -175,7 +189,8 @@ def _append_cuda(
     tokens, q_heads, head_dim = q.shape
     kv_heads = cache.shape[1]
     defines = _append_defines(Layout(head_dim, bits), tuple(clip_ratios))
-    blocks = -(-tokens * (q_heads + 2 * kv_heads) // APPEND_WARPS)
+    warps = -(-tokens // APPEND_TOKENS) * (q_heads + 2 * kv_heads)  # one head of APPEND_TOKENS tokens each
+    blocks = -(-warps // APPEND_WARPS)
     offsets, norms = (k_offset, v_offset), (q_norm, k_norm)
     args = (qkv, cos, sin, positions, slots, *offsets, *norms, eps, rotate, cache, q, tokens, q_heads, kv_heads)
     module("append.cu", q.device, defines).launch("rope_kv_append", (blocks, 1, 1), APPEND_WARPS * WARP, args)
@@ -326,7 +341,7 @@ def _decode_cuda(
     tensors = q, cache, block_tables, context_lens, v_offset, out, partials, counters
     sizes = batch, kv_heads, group, max_pages, splits, window
     args = (*tensors, scale * math.log2(math.e), *sizes)
-    kernels.launch("kv_decode", (grid, 1, 1), tile.warps * WARP, args, tile.ring_bytes(layout))
+    kernels.launch("kv_decode", (grid, 1, 1), tile.warps * WARP, args, tile.shared_bytes(layout))
 
 
 def _decode_cpu(

@@ -195,13 +195,13 @@ def head_error(logits: Tensor, x: Tensor, weight: Tensor) -> float:
     """The largest error of logits against float64, where that is finite; elsewhere they must not be finite either.
 
     The unit is that of K / 16 sums of 16 products, and of a few more, each sum cut to 23 bits; of products without
-    their signs.
+    their signs; and what tensor cores cut off sums of subnormals (2e-12 on an H100, cuBLAS alike).
     """
     exact = x.double() @ weight.double().T
     finite, k = exact.isfinite(), x.shape[1]
     if not torch.equal(logits.cpu().isfinite(), finite):
         return torch.inf
-    unit = (k / 16 + 8) * 2**-23 * (x.double().abs() @ weight.double().abs().T) + torch.finfo(torch.float32).tiny
+    unit = (k / 16 + 8) * 2**-23 * (x.double().abs() @ weight.double().abs().T) + 2**-38
     return float(((logits.cpu().double() - exact).abs() / unit)[finite].max())
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qoq.errors import ModelError
+from qoq.errors import ModelError, first_line
 from qoq.shards import read_object
 
 MAX_LAYERS = 10_000
@@ -41,7 +41,3 @@ def _check_sizes(config: dict[str, Any]) -> None:
         value = config.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise ValueError(f"{key} is {value!r}, expected a number from 1 to {most}")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

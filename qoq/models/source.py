@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qoq.errors import CheckpointError, ModelError, QuantizationError
+from qoq.errors import CheckpointError, ModelError, QuantizationError, first_line
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec, model_spec
-from qoq.models.config import first_line, load_config
+from qoq.models.config import load_config
 from qoq.models.gguf_header import check_header
 from qoq.quant import is_finite
+from qoq.roofline import MODELS
 from qoq.shards import file_sha256, read_header, read_object
 
 # A real model without a hub: the GGUF inside an installed package, or else the hub's original.
@@ -146,23 +147,80 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
     return Source(locate(model), model, trust_remote_code)
 
 
+def describe(model: str, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model and nothing else: of a hub id only config.json is fetched.
+
+    Takes what `open_source` takes, a folder without weights, and the names of `roofline.MODELS`.
+
+    Raises:
+        ModelError: nothing is there, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": model}
+    path = _path(model)
+    if os.path.isdir(path):
+        return load_config(path, model, trust_remote_code)
+    if model in MODELS:
+        return AutoConfig.for_model(**MODELS[model].config())
+    gguf = path if path.suffix == ".gguf" else None
+    if model in ALIASES:
+        gguf = _packaged(model)
+        where = {"pretrained_model_name_or_path": ALIASES[model][2]}
+    elif gguf is None and not _is_hub_id(model):
+        raise _no_such_model(model)
+    if gguf is not None and not os.path.isfile(gguf):
+        raise ModelError(f"{model}: no such file")
+    try:
+        if gguf is not None:
+            check_header(gguf)
+            where = _gguf(gguf)
+        return AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers, gguf and the hub client raise many kinds here
+        raise ModelError(f"{model}: its config cannot be read ({first_line(error)})") from None
+
+
+def _path(model: str) -> Path:
+    """As Path.expanduser, but it takes any name."""
+    return Path(os.path.expanduser(model))
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    """Where transformers finds a GGUF file."""
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _packaged(alias: str) -> Path | None:
+    """The GGUF file inside an installed package."""
+    package, file, _ = ALIASES[alias]
+    found = importlib.util.find_spec(package)
+    if found and found.submodule_search_locations:
+        return Path(found.submodule_search_locations[0]) / file
+    return None
+
+
+def _is_hub_id(model: str) -> bool:
+    return not (os.path.exists(_path(model)) or model.startswith((".", "/", "~")) or model.count("/") != 1)
+
+
+def _no_such_model(model: str) -> ModelError:
+    return ModelError(f"{model}: no such model; expected a folder, a .gguf file, a hub id or {', '.join(ALIASES)}")
+
+
 def locate(model: str) -> Path:
     """The local Hugging Face folder of a model; downloads or converts it first if need be."""
-    path = Path(os.path.expanduser(model))  # as Path.expanduser, but it takes any name
+    path = _path(model)
     if model in ALIASES:
-        package, file, hub_id = ALIASES[model]
-        found = importlib.util.find_spec(package)
-        if found and found.submodule_search_locations:
-            return convert_gguf(Path(found.submodule_search_locations[0]) / file)
-        return _download(hub_id)
+        file = _packaged(model)
+        return _download(ALIASES[model][2]) if file is None else convert_gguf(file)
     if os.path.isdir(path):
         return path
     if path.suffix == ".gguf":
         if not os.path.isfile(path):
             raise ModelError(f"{model}: no such file")
         return convert_gguf(path)
-    if os.path.exists(path) or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelError(f"{model}: no such model; expected a folder, a .gguf file, a hub id or {', '.join(ALIASES)}")
+    if not _is_hub_id(model):
+        raise _no_such_model(model)
     return _download(model)
 
 
@@ -209,7 +267,7 @@ def convert_gguf(path: Path) -> Path:
 def _unpack_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    where = _gguf(path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
     )

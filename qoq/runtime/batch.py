@@ -98,11 +98,10 @@ class Batches:
             ],
             self.device,
         )
-        own, (places, sources), (last, next_positions), tables, context_lens, *starts_there = staged
-        own_ids, own_positions, own_slots = own
+        own, links, wanted, tables, context_lens, *starts_there = staged
         if unread:
             assert tokens is not None
-            own_ids.index_copy_(0, places, tokens.index_select(0, sources).clamp_min(0))  # -1: nothing could be chosen
+            own[0].index_copy_(0, links[0], tokens.index_select(0, links[1]).clamp_min(0))  # -1: none could be chosen
         first = [0, *ends.tolist()]
         prefills = (
             Prefill(
@@ -116,13 +115,13 @@ class Batches:
             for number, group in enumerate(groups)
         )
         return Batch(
-            ids=own_ids,
-            positions=own_positions,
-            slots=own_slots,
+            ids=own[0],
+            positions=own[1],
+            slots=own[2],
             block_tables=tables,
             context_lens=context_lens,
-            sampled=last,
-            sampled_positions=next_positions,
+            sampled=wanted[0],
+            sampled_positions=wanted[1],
             decodes=decodes,
             prefills=tuple(prefills),
         )

@@ -24,7 +24,7 @@ from qoq.runtime.scheduler import Chunk, Request, Scheduler
 from qoq.runtime.text_stream import TextStream, push_each
 
 CPU_CACHE_BYTES = 1 << 30  # of a cache on a CPU, unless told otherwise
-LOGPROB_ROWS = 256  # of a prompt, whose logits are in memory at once
+LOGPROB_ROWS = 256  # of a prompt, whose logits are computed at once
 GREEDY = SamplingParams()
 Prompt = str | Sequence[int]
 
@@ -262,6 +262,35 @@ class LLMEngine:
                 yield from self.step()
         finally:
             self._forget([request_id])
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], by_token: bool = False) -> torch.Tensor:
+        """Logits behind every token of a sequence, (T, vocabulary) float32, as requests get them.
+
+        The sequence is computed in chunks, as a prompt is, or `by_token`, as an answer is. Not while requests are in
+        progress; prefixes are not shared.
+
+        Raises:
+            QoqError: requests are in progress, or the sequence is empty or too long.
+        """
+        if self.has_unfinished_requests():
+            raise QoqError("logits: requests are in progress")
+        if not 0 < len(token_ids) <= self.max_model_len:
+            raise QoqError(f"sequence of {len(token_ids)} tokens, the model takes 1 to {self.max_model_len}")
+        request = Request("logits", list(token_ids), len(token_ids) + 1)
+        pages = self.scheduler.pages
+        request.pages = pages.take(pages.needed(len(token_ids))) or []
+        size = 1 if by_token else self.scheduler.max_tokens
+        if by_token:
+            request.prompt_length = 0
+        parts = []
+        for start in range(0, len(token_ids), size):
+            chunk = Chunk(request, start, min(size, len(token_ids) - start), False)
+            hidden = self.executor.hidden(self._batches.of([chunk]))
+            rows = hidden.split(LOGPROB_ROWS)
+            parts += [self.executor.logits(part) for part in rows]
+        pages.release(request.pages)
+        return torch.cat(parts)
 
     def _launch(self) -> _Flight | None:
         """Give the device the next step, if there is anything to compute."""

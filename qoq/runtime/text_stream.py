@@ -1,6 +1,7 @@
 """Text from tokens as they come: whole characters alone, up to a stop string."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 BROKEN = "\ufffd"  # what a tokenizer makes of bytes that are no character, or not yet
@@ -68,13 +69,26 @@ def push_each(streams: Sequence[TextStream], tokens: Sequence[int]) -> None:
     """One more token for each of these streams, which have one tokenizer, in one call of it."""
     if not streams:
         return
+    tokenizer = streams[0].tokenizer
+    known: list[str | None] = []
     pieces: list[list[int]] = []
     for stream, token in zip(streams, tokens, strict=True):
         stream._ids.append(token)
-        pieces += stream._pieces()
-    texts = decode_each(streams[0].tokenizer, pieces)
-    for number, stream in enumerate(streams):
-        stream._take(texts[2 * number], texts[2 * number + 1])
+        before, after = stream._pieces()
+        pieces.append(after)
+        known.append(_text_of(tokenizer, before[0]) if len(before) == 1 else None)
+        if known[-1] is None:
+            pieces.append(before)
+    texts = iter(decode_each(tokenizer, pieces))
+    for stream, text in zip(streams, known, strict=True):
+        after_text = next(texts)
+        stream._take(next(texts) if text is None else text, after_text)
+
+
+@lru_cache(maxsize=1 << 18)
+def _text_of(tokenizer: Any, token: int) -> str:
+    """What most pieces are: one token."""
+    return decode_each(tokenizer, [[token]])[0]
 
 
 def decode_each(tokenizer: Any, pieces: Sequence[list[int]]) -> list[str]:

@@ -2,9 +2,11 @@
 //
 //   out[b, h] = sum_t softmax_t(scale * q[b, h] . K[t]) V[t]  (+ the value offset),   t over the cached tokens of b
 //
-// A block takes items: (sequence, KV head, up to 8 of its query heads, a split of the tokens). Splits depend on the
-// sequence's length alone, and every sum has one order, so a sequence gets the same bits in any batch. The grid has as
-// many blocks as fit; each starts with the item of its number and then draws tickets, so ragged batches balance.
+// A block takes items: (sequence, KV head, up to 8 of its query heads, a split of the tokens). An item costs some us
+// besides its copies, so splits are long, and where there is room the next item's copies begin before the results of
+// this one are merged. Splits depend on the sequence's length alone, and every sum has one order, so a sequence gets the
+// same bits in any batch. The grid has as many blocks as fit; each starts with the item of its number and then draws
+// tickets, so ragged batches balance.
 // The last block to finish a split of a sequence and head merges them all.
 //
 // In a block every warp has its own tokens, 16 at a time in a ring of STAGES asynchronous copies, and its own running
@@ -20,7 +22,7 @@
 // moved, and what was summed rescaled, only when a score exceeds it by far: most steps need no maximum over the lanes.
 //
 // Bound by memory: a step of 16 tokens is 2176 bytes at 128 dims in 4 bits and about 290 instructions of a warp.
-// Defines: HEAD_DIM, BITS (common/kv_page.cuh), WARPS, STAGES, BLOCKS (a multiprocessor).
+// Defines: HEAD_DIM, BITS (common/kv_page.cuh), WARPS, STAGES, BLOCKS (a multiprocessor), APART (0 or 1).
 
 #include <cuda_fp16.h>
 
@@ -43,10 +45,12 @@ constexpr int STAGE_GRIDS = 2 * STEP * ROW;  // K rows, V rows, grids
 constexpr int STAGE_BYTES = STAGE_GRIDS + STEP * GRID;
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;  // of a warp
 constexpr int RESULT_ROW = HEAD_DIM + 4;          // floats of a head in shared memory; 4 spread the banks
-static_assert(HEADS * RESULT_ROW * 4 <= RING_BYTES, "a warp leaves its result in its own ring");
+// Where there is room, warps leave their results apart from their rings, which the next item's first copies then enter.
+constexpr int RESULT_BYTES = APART ? HEADS * RESULT_ROW * 4 : RING_BYTES;
+static_assert(APART || HEADS * RESULT_ROW * 4 <= RING_BYTES, "a warp leaves its result in its own ring");
 
 // qoq/kernels/attention.py knows these three.
-constexpr int SPLIT_PAGES = 16;  // a longer sequence is split, evenly
+constexpr int SPLIT_PAGES = 32;  // a longer sequence is split, evenly
 constexpr int MAX_SPLITS = 32;
 constexpr int MAX_BATCH = 1024;
 
@@ -507,12 +511,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ int before[MAX_BATCH];
     __shared__ float2 stats[WARPS][HEADS];
-    __shared__ Item current;
+    __shared__ Item known[2];  // this item and the next
     __shared__ int next_item;
     __shared__ bool is_last;
 
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     unsigned char* ring = shared + warp * RING_BYTES;
+    unsigned char* results = shared + (APART ? WARPS * RING_BYTES : 0);
     const int head_blocks = (group + HEADS - 1) / HEADS, columns = kv_heads * head_blocks;
 
     // Items: the first split of every sequence, then the others. Those are counted when the first copies are under way.
@@ -523,54 +528,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (!counted) items += count_more_splits(context_lens, batch, window, before) * columns;
         counted = true;
     };
-    int item = blockIdx.x, nth, column;
-    const auto locate = [&] {
-        const int among = item < first_splits ? item : item - first_splits;
-        nth = among / columns, column = among - nth * columns;
-    };
-    locate();
 
-    allow_successor();
-    wait_for_predecessor();
-    if (item >= first_splits) count_items();
-    while (item < items) {
-        const int kv_head = head_blocks == 1 ? column : column / head_blocks;
-        const int first_head = (column - kv_head * head_blocks) * HEADS, heads = min(group - first_head, HEADS);
+    // From `start` on, the first token of the item's split, tokens, steps and pages are counted.
+    const auto index_of = [&](int step) { return warp + WARPS * step; };
+    const auto load_pages = [&](int sequence, int first, int step) {  // of the warp's next 32 steps, one a lane
+        const int page = first + index_of(step + lane) / (PAGE / STEP);
+        return page < max_pages ? block_tables[int64_t(sequence) * max_pages + page] : 0;
+    };
+    int item = blockIdx.x, turn = 0, pages, steps;
+    Copies copies;
+    const auto begin = [&](Item& place) {  // ask for the first tokens of `item`, and say there what it is
         const bool is_first = item < first_splits;
+        const int among = is_first ? item : item - first_splits, nth = among / columns, column = among - nth * columns;
+        const int kv_head = head_blocks == 1 ? column : column / head_blocks;
+        const int first_head = (column - kv_head * head_blocks) * HEADS;
         const int b = is_first ? nth : sequence_of(nth, before, batch), split = is_first ? 0 : 1 + nth - before[b];
 
-        // From here tokens, steps and pages are counted from the split's first. Where that is the sequence's first, the
-        // pages can be looked up while the length is still on its way.
+        // Where the split is the sequence's first, the pages can be looked up while the length is still on its way.
         const int length = context_lens[b];
         int start = 0;
         if (window > 0 || !is_first) {
             const Splits splits(length, window);
             start = splits.begin + split * splits.pages * PAGE;
         }
-        const auto index_of = [&](int step) { return warp + WARPS * step; };
-        const auto load_pages = [&](int sequence, int first, int step) {  // of the warp's next 32 steps, one a lane
-            const int page = first + index_of(step + lane) / (PAGE / STEP);
-            return page < max_pages ? block_tables[int64_t(sequence) * max_pages + page] : 0;
-        };
-        int pages = load_pages(b, start / PAGE, 0);
+        pages = load_pages(b, start / PAGE, 0);
 
         const Splits splits(length, window);
         const int end = min(length - start, splits.pages * PAGE), from = max(splits.first - start, 0);
-        const int steps = max((end + STEP - 1) / STEP - warp + WARPS - 1, 0) / WARPS;  // of this warp
-        const unsigned char* from_lane = cache + kv_head * RECORD + lane * CHUNK;
-        const Copies copies{from_lane, uint32_t(kv_heads) * RECORD, from, end};
+        steps = max((end + STEP - 1) / STEP - warp + WARPS - 1, 0) / WARPS;  // of this warp
+        copies = {cache + kv_head * RECORD + lane * CHUNK, uint32_t(kv_heads) * RECORD, from, end};
+        if (threadIdx.x == 0) {
+            const int row = (b * kv_heads + kv_head) * group + first_head, heads = min(group - first_head, HEADS);
+            place = {b, kv_head, split, splits.count, start / PAGE, row, heads, b * columns + column};
+        }
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             const int page = __shfl_sync(ALL_LANES, pages, stage);
             if (stage < steps) copies.start(ring + stage * STAGE_BYTES, page, index_of(stage));
             commit_copies();
         }
-        const int row = (b * kv_heads + kv_head) * group + first_head;
-        if (threadIdx.x == 0) {
-            current = {b, kv_head, split, splits.count, start / PAGE, row, heads, b * columns + column};
-        }
+    };
+
+    allow_successor();
+    wait_for_predecessor();
+    if (item >= first_splits) count_items();
+    if (item < items) begin(known[0]);
+    __syncthreads();
+    while (item < items) {
+        const Item& current = known[turn];
         Queries queries;
-        queries.load(q + int64_t(row) * HEAD_DIM, heads);
+        queries.load(q + int64_t(current.row) * HEAD_DIM, current.heads);
         count_items();
         __syncthreads();
         if (threadIdx.x == 0 && items > gridDim.x) next_item = gridDim.x + atomicAdd(&counters[0], 1);
@@ -583,65 +590,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (ahead % LANES == 0) pages = load_pages(current.b, current.page, ahead);
             wait_copies<STAGES - 1>();
             __syncwarp();
-            running.step(stage, queries, scale_log2, from - token, end - token);
+            running.step(stage, queries, scale_log2, copies.from - token, copies.to - token);
             const int page = __shfl_sync(ALL_LANES, pages, ahead % LANES);
             __syncwarp();
             if (ahead < steps) copies.start(stage, page, index_of(ahead));
             commit_copies();
             stage = stage == ring + (STAGES - 1) * STAGE_BYTES ? ring : stage + STAGE_BYTES;
         }
-        running.finish(reinterpret_cast<float*>(ring), stats[warp], current.heads);
+        running.finish(reinterpret_cast<float*>(results + warp * RESULT_BYTES), stats[warp], current.heads);
         __syncthreads();
 
-        const Item done = current;
         item = items > gridDim.x ? next_item : items;
-        locate();
-        const __half* offset = v_offset == nullptr ? nullptr : v_offset + done.kv_head * HEAD_DIM;
-        const int part_heads = min(group, HEADS), parts = done.place * max_splits;
+        turn ^= 1;
+        if (APART && item < items) begin(known[turn]);
+        const __half* offset = v_offset == nullptr ? nullptr : v_offset + current.kv_head * HEAD_DIM;
+        const int part_heads = min(group, HEADS), parts = current.place * max_splits;
         float* sums = partials + int64_t(parts) * part_heads * HEAD_DIM;
         float* all_totals = partials + int64_t(first_splits) * max_splits * part_heads * HEAD_DIM;
         float2* totals = reinterpret_cast<float2*>(all_totals) + int64_t(parts) * part_heads;
         constexpr int PIECES = HEAD_DIM / 4;  // four dimensions each
         const auto write = [&](const Merged& merged, int head, int dim) {
-            merged.write(out + int64_t(done.row + head) * HEAD_DIM + dim, offset == nullptr ? nullptr : offset + dim);
+            __half* to = out + int64_t(current.row + head) * HEAD_DIM + dim;
+            merged.write(to, offset == nullptr ? nullptr : offset + dim);
         };
-        for (int i = threadIdx.x; i < done.heads * PIECES; i += THREADS) {
+        for (int i = threadIdx.x; i < current.heads * PIECES; i += THREADS) {
             const int head = i / PIECES, dim = i % PIECES * 4;
-            const unsigned char* results = shared + (head * RESULT_ROW + dim) * 4;
-            const auto load = [&](int w) { return *reinterpret_cast<const float4*>(results + w * RING_BYTES); };
+            const unsigned char* of_head = results + (head * RESULT_ROW + dim) * 4;
+            const auto load = [&](int w) { return *reinterpret_cast<const float4*>(of_head + w * RESULT_BYTES); };
             const Merged merged(WARPS, &stats[0][head], HEADS, load);
-            if (done.splits == 1) {
+            if (current.splits == 1) {
                 write(merged, head, dim);
             } else {
-                const int part = done.split * part_heads + head;
+                const int part = current.split * part_heads + head;
                 *reinterpret_cast<float4*>(sums + part * HEAD_DIM + dim) = merged.sum;
                 if (dim == 0) totals[part] = make_float2(merged.top, merged.total);
             }
         }
-        if (done.splits > 1) {
+        if (current.splits > 1) {
             __threadfence();
             __syncthreads();
             if (threadIdx.x == 0) {
-                const unsigned last = done.splits - 1;
-                is_last = atomicInc(&counters[2 + done.place], last) == last;  // and back to zero
+                const unsigned last = current.splits - 1;
+                is_last = atomicInc(&counters[2 + current.place], last) == last;  // and back to zero
             }
             __syncthreads();
             if (is_last) {
                 __threadfence();
-                float2* all = reinterpret_cast<float2*>(shared);  // (splits, part_heads)
-                for (int i = threadIdx.x; i < done.splits * part_heads; i += THREADS) all[i] = __ldcg(totals + i);
+                float2* all = reinterpret_cast<float2*>(results);  // (splits, part_heads)
+                for (int i = threadIdx.x; i < current.splits * part_heads; i += THREADS) all[i] = __ldcg(totals + i);
                 __syncthreads();
-                for (int i = threadIdx.x; i < done.heads * PIECES; i += THREADS) {
+                for (int i = threadIdx.x; i < current.heads * PIECES; i += THREADS) {
                     const int head = i / PIECES, dim = i % PIECES * 4;
                     const float* first = sums + head * HEAD_DIM + dim;
                     const auto load = [&](int i) {
                         return __ldcg(reinterpret_cast<const float4*>(first + i * part_heads * HEAD_DIM));
                     };
-                    write(Merged(done.splits, all + head, part_heads, load), head, dim);
+                    write(Merged(current.splits, all + head, part_heads, load), head, dim);
                 }
             }
         }
         __syncthreads();
+        if (!APART) {
+            if (item < items) begin(known[turn]);
+            __syncthreads();
+        }
     }
 
     if (threadIdx.x == 0 && items > gridDim.x && atomicInc(&counters[1], gridDim.x - 1) == gridDim.x - 1) {
