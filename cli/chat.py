@@ -37,7 +37,7 @@ ANSWER_TOKENS = 128  # of --prompt, unless told otherwise
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the probability mass.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Among so many tokens; 0: all.")
 @click.option("--seed", type=int, help="For the same answer again.  [default: a new one]")
-@engine_options
+@engine_options()
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @common_options
 def chat(

@@ -13,32 +13,42 @@ if TYPE_CHECKING:
     from qoq.checkpoint import Checkpoint
 
 
-def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add options of `LLMEngine.from_checkpoint`; the command gets them as its keyword arguments, in `engine`."""
+def engine_options(batched_tokens: int = 2048) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add options of `LLMEngine.from_checkpoint`; the command gets them as its keyword arguments, in `engine`.
 
-    @click.option("--kv-bits", type=click.Choice(("4", "8", "16")), help="Of the KV cache.  [default: 4]")
-    @click.option(
-        "--max-num-batched-tokens", type=click.IntRange(1, 1 << 20), default=2048, show_default=True, help="Of a step."
-    )
-    @click.option(
-        "--gpu-memory-utilization",
-        type=click.FloatRange(0, 1, min_open=True),
-        default=0.9,
-        show_default=True,
-        help="The part of the GPU's memory that is taken, weights included.",
-    )
-    @functools.wraps(command)
-    def wrapped(
-        *args: Any, kv_bits: str | None, max_num_batched_tokens: int, gpu_memory_utilization: float, **kwargs: Any
-    ) -> Any:
-        engine = {
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            **({"kv_bits": int(kv_bits)} if kv_bits else {}),
-        }
-        return command(*args, engine=engine, **kwargs)
+    `batched_tokens` is the default of a step: many for throughput, few where somebody waits for each token.
+    """
 
-    return wrapped
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option("--kv-bits", type=click.Choice(("4", "8", "16")), help="Of the KV cache.  [default: 4]")
+        @click.option(
+            "--max-num-batched-tokens",
+            type=click.IntRange(1, 1 << 20),
+            default=batched_tokens,
+            show_default=True,
+            help="Of a step.",
+        )
+        @click.option(
+            "--gpu-memory-utilization",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=0.9,
+            show_default=True,
+            help="The part of the GPU's memory that is taken, weights included.",
+        )
+        @functools.wraps(command)
+        def wrapped(
+            *args: Any, kv_bits: str | None, max_num_batched_tokens: int, gpu_memory_utilization: float, **kwargs: Any
+        ) -> Any:
+            engine = {
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "gpu_memory_utilization": gpu_memory_utilization,
+                **({"kv_bits": int(kv_bits)} if kv_bits else {}),
+            }
+            return command(*args, engine=engine, **kwargs)
+
+        return wrapped
+
+    return add
 
 
 @dataclass(frozen=True)

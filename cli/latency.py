@@ -22,7 +22,7 @@ from qoq.cli.output import check_device, common_options, print_json
 @click.option("--input-len", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
 @click.option("--output-len", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of an answer.")
 @click.option("--max-num-seqs", type=click.IntRange(1, 1024), default=256, show_default=True, help="Run at a time.")
-@engine_options
+@engine_options()
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts, arrivals, random weights."
 )

@@ -46,7 +46,7 @@ COLUMNS = (
 @click.option("--roofline", is_flag=True, help="Say what the card allows, and the share reached.")
 @click.option("--account", is_flag=True, help="Watch decode steps afterwards: time of each kernel, and of none.")
 @click.option("--card", type=click.Choice(tuple(CARDS)), help="Of --roofline.  [default: the one here]")
-@engine_options
+@engine_options(8192)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts and random weights.")
 @click.option("--device", default="cuda", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option("--csv", "csv_path", type=FILE, callback=in_a_folder, help="Append a row for each batch size.")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import VOCAB, only_line
 
+from qoq.checkpoint import Checkpoint
 from qoq.runtime.engine import LLMEngine
 
 httpx = pytest.importorskip("httpx")
@@ -237,6 +238,28 @@ def test_logprobs_of_an_echo(client):
         value for part in streamed if part.choices[0].logprobs for value in part.choices[0].logprobs.token_logprobs
     ]
     assert values == told.token_logprobs
+
+
+def test_lm_eval_scores_through_the_server(served, checkpoint_folder):
+    """Its local-completions asks for the log-probabilities of echoed token ids."""
+    pytest.importorskip("tenacity", reason="lm-eval[api] is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from qoq.evaluate import EngineModel
+    from qoq.lm_eval_model import QoqLM
+
+    folder = checkpoint_folder()
+    checkpoint = Checkpoint(folder)
+    here = QoqLM(EngineModel(checkpoint, "prefill"), checkpoint.tokenizer(), 256)
+    url, names = f"{served.url}/v1/completions", {"model": MODEL, "tokenizer": str(folder)}
+    there = LocalCompletionsAPI(base_url=url, **names, add_bos_token=True, max_length=256)
+    pairs = [("Nobody knows", " the fox"), ("The quick", " brown fox jumps"), ("One", " two")]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    for (found, greedy), (expected, expected_greedy) in zip(
+        there.loglikelihood(requests, disable_tqdm=True), here.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert found == pytest.approx(expected, abs=0.02) and greedy == expected_greedy
 
 
 def test_what_is_served(client, served):

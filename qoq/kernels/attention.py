@@ -20,7 +20,7 @@ from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, HeadNorms, Layout
 
 WARP = 32
-APPEND_WARPS, APPEND_TOKENS, GATHER_THREADS, GATHER_DIMS = 8, 4, 256, 8  # as in the sources
+APPEND_WARPS, APPEND_TOKENS, GATHER_THREADS, GATHER_DIMS = 4, 4, 256, 8  # as in the sources
 # Also as in decode.cu: pages that one block takes at most until a sequence has MAX_SPLITS splits, and limits.
 SPLIT_PAGES, MAX_SPLITS, MAX_BATCH, COLUMNS = 32, 32, 1024, 8
 STEP = 16  # tokens that a warp takes at once

@@ -13,7 +13,7 @@
 #include "common/overlap.cuh"
 #include "common/types.cuh"
 
-constexpr int LANES = 32, WARPS = 8;
+constexpr int LANES = 32, WARPS = 4;
 constexpr uint32_t ALL_LANES = 0xffffffff;
 constexpr int TEAM = 8, TEAMS = LANES / TEAM;  // lanes of a token, tokens of a warp
 constexpr int PAIRS = HEAD_DIM / 16, VALUES = 2 * PAIRS;          // of a lane
@@ -269,8 +269,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * LANES)
     const int warp = threadIdx.x / LANES, team = threadIdx.x % LANES / TEAM, lane = threadIdx.x % TEAM;
     const int heads = q_heads + 2 * kv_heads;
     const int item = blockIdx.x * WARPS + warp, group = item / heads;
-    // Keys and values come first: they take longest.
-    const int nth = item - group * heads, head = nth < 2 * kv_heads ? q_heads + nth : nth - 2 * kv_heads;
+    // Keys and values take longest, so they lie evenly between the queries: no multiprocessor gets many of them.
+    const int nth = item - group * heads, before = nth * 2 * kv_heads / heads;
+    const int head = (nth + 1) * 2 * kv_heads / heads > before ? q_heads + before : nth - before;
     allow_successor();
     wait_for_predecessor();
     if (group * TEAMS >= tokens) return;
