@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qoq import checkpoint, shards
+from qoq import checkpoint, layout, shards
 from qoq.calibration import publish, rotate, smooth, weights
 from qoq.calibration.blocks import Stopwatch, Streams, observe
 from qoq.models.architecture import LINEARS, ModelSpec
@@ -77,7 +77,7 @@ def quantize(
     fp = float_block(spec, index, layer, dtype)
     norms = {name: checkpoint.to_fp16(f"{prefix}{name}.weight", layer[f"{name}.weight"]) for name in spec.norm_shapes()}
     linears: dict[str, StoredLinear] = {}
-    left = checkpoint.half_linears(spec, settings.modules_to_not_convert)
+    left = layout.half_linears(spec, settings.modules_to_not_convert)
     running: dict[str, Linear] = dict(fp.linears)
     q = Block(spec, index, {name: norm.float() for name, norm in norms.items()}, running, kv)
     report: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def pack(quantized: QuantizedLayer, index: int) -> tuple[dict[str, Tensor], dict
     """The tensors of a layer under their full names, and digests of what they hold: of linears before packing."""
     prefix = f"model.layers.{index}."
     tensors = {f"{prefix}{name}.weight": norm.cpu() for name, norm in quantized.norms.items()}
-    for name, offset in zip(checkpoint.OFFSETS, (quantized.kv.k_offset, quantized.kv.v_offset), strict=True):
+    for name, offset in zip(layout.OFFSETS, (quantized.kv.k_offset, quantized.kv.v_offset), strict=True):
         if offset is not None:
             tensors[prefix + name] = offset.cpu()
     digests = {name: publish.digest(tensor) for name, tensor in tensors.items()}
@@ -186,5 +186,5 @@ def unpack(packed: Layer, spec: ModelSpec, index: int, settings: Recipe, device:
     return QuantizedLayer(
         {name: checkpoint.unpack_linear(prefix + name, tensors) for name in LINEARS},
         {name: tensors[f"{prefix}{name}.weight"] for name in spec.norm_shapes()},
-        KVTransform(settings.kv_cache.rotate, *(tensors.get(prefix + name) for name in checkpoint.OFFSETS)),
+        KVTransform(settings.kv_cache.rotate, *(tensors.get(prefix + name) for name in layout.OFFSETS)),
     )

@@ -15,8 +15,8 @@ from qoq.calibration.insight import POSITIONS_AT_ONCE
 from qoq.calibration.insight import TOKENS as DRIFT_TOKENS
 from qoq.calibration.rotate import ROWS_AT_ONCE as ROTATED_ROWS
 from qoq.calibration.weights import ROWS_AT_ONCE as SEARCHED_ROWS
-from qoq.checkpoint import half_linears
 from qoq.errors import QuantizationError
+from qoq.layout import half_linears
 from qoq.models.architecture import FUSED, LINEARS, ModelSpec
 from qoq.recipe import Recipe
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qoq
-from qoq import checkpoint, recipe
+from qoq import checkpoint, layout, recipe
 from qoq.calibration import blocks, data, insight, layer, pad, publish, rotate
 from qoq.calibration.blocks import Streams
 from qoq.calibration.memory import Placement
@@ -146,7 +146,7 @@ def quantize(
     placement, ranks = placement or Placement(), ranks or Ranks()
     started = time.monotonic()
     spec = target_spec(source.spec, settings)
-    checkpoint.check_group_size(spec, settings.group_size)
+    layout.check_group_size(spec, settings.group_size)
     tokenizer = source.tokenizer()
     calibration = settings.calibration
     tokens = data.samples(tokenizer, calibration.dataset, calibration.nsamples, calibration.seqlen, settings.seed)

@@ -1,6 +1,6 @@
 """What a run will make, need and take, and what its result will run on, from a model's config alone.
 
-Bytes are counted (`checkpoint.expected_tensors`, `roofline`, `memory`); seconds are those of a measured run, scaled.
+Bytes are counted (`layout.expected_tensors`, `roofline`, `memory`); seconds are those of a measured run, scaled.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qoq import checkpoint, roofline
+from qoq import layout, roofline
 from qoq.calibration import memory
 from qoq.calibration.blocks import SEARCH_TOKENS
 from qoq.calibration.pipeline import target_spec
@@ -141,12 +141,12 @@ def plan(
         QuantizationError: the model does not fit the group size, or the run does not fit the budgets.
     """
     spec = target_spec(original, settings)
-    checkpoint.check_group_size(spec, settings.group_size)
+    layout.check_group_size(spec, settings.group_size)
     job = memory.Job(original, spec, settings, device, source_itemsize, ranks)
     placement = memory.choose(job, budgets)
     model = dimensions(spec)
     kv_bytes = {bits: roofline.kv_bytes(model, bits) for bits in KV_BITS}
-    output = checkpoint.size_in_bytes(spec, settings.group_size, settings.kv_cache, job.left)
+    output = layout.size_in_bytes(spec, settings.group_size, settings.kv_cache, job.left)
     parameters = source_parameters(original)
     calibration = settings.calibration
     cards = {card: _on_card(card, job, output, kv_bytes) for card in CARDS}

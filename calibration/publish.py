@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qoq import checkpoint, recipe, shards
+from qoq import checkpoint, layout, recipe, shards
 from qoq.calibration import card, pad
 from qoq.calibration.work import Work
 from qoq.errors import CheckpointError, OutputError
@@ -54,8 +54,8 @@ def _assemble(source: Source, spec: ModelSpec, settings: Recipe, tokenizer: Any,
         "tie_word_embeddings": False,
         "dtype": "float16",
         "torch_dtype": "float16",
-        "quantization_config": checkpoint.quantization_config(
-            settings.group_size, settings.kv_cache, checkpoint.half_linears(spec, settings.modules_to_not_convert)
+        "quantization_config": layout.quantization_config(
+            settings.group_size, settings.kv_cache, layout.half_linears(spec, settings.modules_to_not_convert)
         ),
     }
     shards.write_bytes(work.draft / "config.json", json.dumps(config, indent=2) + "\n")
@@ -68,7 +68,7 @@ def _parts(spec: ModelSpec) -> list[str]:
 def _describe(source: Source, spec: ModelSpec, settings: Recipe, report: Mapping[str, Any], work: Work) -> None:
     """Write recipe, report, with the hashes of the shards, and model card."""
     files = {path.name: shards.file_sha256(path) for path in shards.list_files(work.draft)}
-    left = checkpoint.half_linears(spec, settings.modules_to_not_convert)
+    left = layout.half_linears(spec, settings.modules_to_not_convert)
     licences = sorted(path.name for pattern in LICENCE_FILES for path in work.draft.glob(pattern))
     shards.write_bytes(work.draft / "qoq_recipe.yaml", recipe.dump(settings))
     shards.write_bytes(work.draft / "qoq_report.json", json.dumps({**report, "files": files}, indent=2) + "\n")

@@ -96,7 +96,7 @@ def _class_of(name: str) -> str:
 
 
 def _identity(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from qoq.checkpoint import size_in_bytes
+    from qoq.layout import size_in_bytes
 
     spec, group = checkpoint.spec, checkpoint.group_size
     report = checkpoint.report()

@@ -14,7 +14,7 @@ UPLOADED = (
     *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
-    *("qoq_recipe.yaml", "qoq_report.json", "README.md"),
+    *("qoq_recipe.yaml", "qoq_report.json", "qoq_conversion.json", "README.md"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
 

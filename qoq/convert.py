@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qoq import checkpoint, shards
+from qoq import checkpoint, layout, shards
 from qoq.errors import CheckpointError, OutputError, QuantizationError
 from qoq.formats import compressed_tensors, humming, parallel
 from qoq.formats.affine import Loss, loss_between
@@ -55,7 +55,7 @@ def _packed_weight(name: str, weight: QuantizedWeight) -> Made:
 
 
 def _own_config(origin: Origin) -> dict[str, Any]:
-    return checkpoint.quantization_config(origin.group_size, origin.kv_cache, origin.half_precision)
+    return layout.quantization_config(origin.group_size, origin.kv_cache, origin.half_precision)
 
 
 def _qserve_config(origin: Origin) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _check(origin: Origin, output: Path, to: str, size: int) -> None:
         raise OutputError(f"{output}: exists; remove it or name another --output")
     if to == origin.format == "qoq" and size == 1:
         raise QuantizationError("the folder is a checkpoint of qoq already; choose another --to")
-    checkpoint.check_group_size(spec, group)
+    layout.check_group_size(spec, group)
     if to == "qserve" and group == 64:
         raise QuantizationError("groups of 64 are an extension of qoq; QServe's kernels know 128 and per channel")
     if origin.half_precision and not target.mixed:
@@ -250,7 +250,7 @@ class _Writer:
 
     def _is_kept(self, name: str) -> bool:
         """Offsets belong to our cache quantizer: attention without it is the same function."""
-        return self.target is TARGETS["qoq"] or not name.endswith(checkpoint.OFFSETS)
+        return self.target is TARGETS["qoq"] or not name.endswith(layout.OFFSETS)
 
     def _other(self, name: str) -> Tensor:
         tensor = self.origin.tensor(name)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qoq import settings
-from qoq.checkpoint import Checkpoint, half_linears, size_in_bytes
+from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, RecipeError
+from qoq.layout import half_linears, size_in_bytes
 from qoq.settings import require
 
 LEAST = ("same_top1", "tokens_per_second")  # limits from below; all others are from above

@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from qoq.checkpoint import OFFSETS, Checkpoint, linear_tensors
+from qoq.checkpoint import Checkpoint
 from qoq.errors import ModelError
 from qoq.kernels import quant_rows, rmsnorm
+from qoq.layout import OFFSETS, linear_tensors
 from qoq.models.architecture import LINEARS
 from qoq.models.decoder import KVTransform, apply_rope
 from qoq.paged import pack_codes, unpack_codes

@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qoq import packing, recipe, shards
-from qoq.checkpoint import Checkpoint, Kinds
+from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, QoqError, printable
+from qoq.layout import Kinds
 from qoq.models.architecture import LINEARS
 from qoq.models.decoder import rotary_embedding
 from qoq.models.source import read_index

@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qoq import checkpoint, shards, verify
+from qoq import checkpoint, layout, shards, verify
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, OutputError, QoqError, QuantizationError
 from qoq.models.architecture import LINEARS
-from qoq.models.source import open_source
 from qoq.quant import QuantizedLinear, round_grouped, round_to_nearest
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -43,43 +42,7 @@ def edit_config(folder, change):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-# Shapes
-
-
-def spec_of(folder):
-    return open_source(str(folder)).spec
-
-
-def test_a_group_size_must_divide_every_input(llama):
-    spec = spec_of(llama)
-    for group_size in GROUP_SIZES:
-        checkpoint.check_group_size(spec, group_size)
-    narrow = dataclasses.replace(spec, intermediate_size=192)
-    message = (
-        r"mlp.down_proj: 192 input features are not a multiple of group size 128; fitting here: --group-size 64 or -1"
-    )
-    with pytest.raises(QuantizationError, match=message):
-        checkpoint.check_group_size(narrow, 128)
-    checkpoint.check_group_size(narrow, 64)
-    odd = dataclasses.replace(spec, intermediate_size=160)
-    with pytest.raises(QuantizationError, match=r"fitting here: --group-size -1 \(-1: per channel\)"):
-        checkpoint.check_group_size(odd, 64)
-    checkpoint.check_group_size(odd, -1)
-    with pytest.raises(
-        QuantizationError, match=r"mlp.gate_proj is 144 x 256; the format needs both .* multiples of 32"
-    ):
-        checkpoint.check_group_size(dataclasses.replace(spec, intermediate_size=144), -1)
-
-
-def test_expected_tensors_are_those_written(any_checkpoint):
-    made = Checkpoint(any_checkpoint)
-    expected = checkpoint.expected_tensors(made.spec, 128, made.kv_cache)
-    assert {
-        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in load_file(any_checkpoint / SHARD).items()
-    } == expected
-    assert checkpoint.size_in_bytes(made.spec, 128, made.kv_cache) == sum(
-        entry.bytes for entry in made.entries.values()
-    )
+# Linears
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -89,7 +52,7 @@ def test_linears_round_trip(group_size, with_bias):
     weight = round_to_nearest(torch.randn(96, 256, generator=generator).pow(3), group_size)
     bias = torch.randn(96, generator=generator).half() if with_bias else None
     tensors = checkpoint.pack_linear("x", QuantizedLinear(weight, bias))
-    kinds = checkpoint.linear_tensors(96, 256, group_size, with_bias)
+    kinds = layout.linear_tensors(96, 256, group_size, with_bias)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {f"x.{k}": v for k, v in kinds.items()}
     read = checkpoint.unpack_linear("x", tensors)
     for field in dataclasses.fields(weight):

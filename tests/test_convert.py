@@ -1,6 +1,7 @@
 """Conversions: what is written, what other programs read of it, and what a failed one leaves behind."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from conftest import only_line, relative, tensors_of, weight_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qoq import checkpoint, verify
+from qoq import checkpoint, layout, verify
 from qoq.calibration import pipeline
 from qoq.checkpoint import Checkpoint
 from qoq.convert import TARGETS, convert, open_origin
@@ -151,7 +152,7 @@ def test_qserve_is_our_tensors_without_our_own(checkpoint_folder, tmp_path, grou
     source = checkpoint_folder("llama", group_size)
     tensors, report = converted(source, tmp_path / "out", "qserve")
     ours = tensors_of(source)
-    assert set(ours) - set(tensors) == {name for name in ours if name.endswith(checkpoint.OFFSETS)} != set()
+    assert set(ours) - set(tensors) == {name for name in ours if name.endswith(layout.OFFSETS)} != set()
     assert all(torch.equal(tensors[name], ours[name]) for name in tensors)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "qoq", "wbits": 4, "group_size": group_size}
@@ -270,6 +271,23 @@ def test_every_card_says_which_precision_runs_where(rounded, tmp_path):
         card = (tmp_path / to / "README.md").read_text()
         assert precision in card and "base_model: org/model" in card
         assert (tmp_path / to / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "group_size", "to"),
+    [
+        ("rounded", 128, ["qserve", "qserve", "compressed-tensors"]),
+        ("searched", 128, ["qserve", "qserve", "compressed-tensors-w8a8"]),
+        ("searched", 64, ["compressed-tensors-w8a8"]),
+        ("searched", -1, ["qserve", "qserve", "hf"]),
+    ],
+)
+def test_conversions_that_a_card_names_succeed(rounded, checkpoint_folder, tmp_path, kind, group_size, to):
+    source = rounded(group_size) if kind == "rounded" else checkpoint_folder("llama", group_size)
+    named = re.findall(r"`qoq convert FOLDER --to (\S+)`", (source / "README.md").read_text())
+    assert named == to
+    for name in set(to):
+        convert(open_origin(source), tmp_path / name, name)
 
 
 @pytest.mark.parametrize("family", ["llama-bias-tied", "qwen3"])

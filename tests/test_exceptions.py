@@ -7,7 +7,7 @@ import torch
 from conftest import relative, tensors_of
 from safetensors.torch import load_file
 
-from qoq import checkpoint, verify
+from qoq import checkpoint, layout, verify
 from qoq.calibration import pipeline, plan
 from qoq.checkpoint import Checkpoint
 from qoq.convert import convert, open_origin
@@ -49,7 +49,7 @@ def test_it_is_whole_and_says_so(made, source_folder, tiny_recipe):
     planned = plan.of_source(source, tiny_recipe(modules_to_not_convert=NAMES), "cpu")
     left = sum(tensors[f"{name}.weight"].numel() for name in LINEARS)
     assert planned.quantized_parameters == folder.spec.linear_parameters() - left
-    assert planned.output_bytes == size > checkpoint.size_in_bytes(folder.spec, 128, folder.kv_cache)
+    assert planned.output_bytes == size > layout.size_in_bytes(folder.spec, 128, folder.kv_cache)
 
 
 def test_linears_are_read_as_what_they_are(made):
@@ -194,8 +194,8 @@ def test_quantize_takes_their_names(qoq, llama, settings_file, tmp_path):
 def test_names_that_cannot_be(llama, names, message):
     spec = open_source(str(llama)).spec
     with pytest.raises(QuantizationError, match=message):
-        checkpoint.half_linears(spec, names)
-    assert checkpoint.half_linears(spec, ["lm_head"]) == frozenset()
+        layout.half_linears(spec, names)
+    assert layout.half_linears(spec, ["lm_head"]) == frozenset()
 
 
 def test_a_config_that_forgets_one(made, copy_of):

@@ -7,9 +7,10 @@ import pytest
 from conftest import only_line
 
 from qoq import gate
-from qoq.checkpoint import Checkpoint, half_linears, size_in_bytes
+from qoq.checkpoint import Checkpoint
 from qoq.errors import RecipeError
 from qoq.gate import Budget, Change, Check
+from qoq.layout import half_linears, size_in_bytes
 
 GENEROUS = {"perplexity_ratio": 1e6, "mean_kl": 100, "p99_kl": 1000, "same_top1": 1e-9}
 

@@ -53,6 +53,15 @@ def test_a_plan_needs_nothing_but_the_config(qoq, llama, tmp_path):
     assert (code, out) == (0, "") and "tensor parallel" in err and "GPU memory" in err and "rtx-4090" in err
 
 
+def test_the_plan_of_linears_left_in_16_bits(qoq, llama, tmp_path):
+    command = ["quantize", "--model", llama, "--plan", "--json"]
+    whole, left = (json.loads(qoq(*command, *more)[1]) for more in ((), ("--leave", "model.layers.1")))
+    assert left["quantized_parameters"] == whole["quantized_parameters"] / 2
+    assert left["run"]["disk_bytes"]["output"] > whole["run"]["disk_bytes"]["output"]
+    assert "model.layers.7 is no linear" in only_line(qoq(*command, "--leave", "model.layers.7"))
+    assert "no such budget file" in only_line(qoq(*command, "--gate", tmp_path / "absent.yaml"))
+
+
 def test_of_a_hub_id_only_the_config_is_fetched(monkeypatch):
     from transformers import AutoConfig, LlamaConfig
 

@@ -111,7 +111,7 @@ WHOLE, PLAIN = KVCache(rotate=True, offset=True, clip_ratios=(1.0, 0.9)), KVCach
 
 
 @pytest.mark.parametrize(
-    ("family", "group_size", "cache"), [*((family, -1, WHOLE) for family in FAMILIES), ("qwen2", 64, PLAIN)]
+    ("family", "group_size", "cache"), [("llama-bias-tied", -1, WHOLE), ("mistral", -1, WHOLE), ("qwen2", 64, PLAIN)]
 )
 def test_logits_of_rounded_weights_are_the_runtimes(source_folder, tiny_recipe, tmp_path, family, group_size, cache):
     """Plain rounding takes less time: per channel with the whole cache quantizer, and groups with a plain one."""

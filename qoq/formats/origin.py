@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qoq.checkpoint import OFFSETS, Checkpoint, to_fp16
+from qoq.checkpoint import Checkpoint, to_fp16
 from qoq.errors import CheckpointError, ModelError, first_line
 from qoq.formats.affine import Loss
 from qoq.formats.tensors import Tensors
+from qoq.layout import OFFSETS
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, ModelSpec, model_spec
 from qoq.models.config import load_config
 from qoq.quant import QuantizedLinear, QuantizedWeight, StoredLinear

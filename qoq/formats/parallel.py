@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from qoq.checkpoint import LEVEL2
+from qoq.layout import LEVEL2
 from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.packing import TILE
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qoq import packing
-from qoq.checkpoint import linear_tensors
 from qoq.errors import CheckpointError, QuantizationError
 from qoq.formats.affine import Loss
 from qoq.formats.origin import ForeignFolder, Shapes, require_dtype
+from qoq.layout import linear_tensors
 from qoq.models.architecture import LINEARS
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedWeight, check_legal
 

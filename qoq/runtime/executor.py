@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from qoq import paged
-from qoq.checkpoint import OFFSETS, Checkpoint
+from qoq.checkpoint import Checkpoint
 from qoq.errors import QoqError
 from qoq.kernels import kv4_decode, kv4_gather, lm_head, rmsnorm, rope_kv4_append
 from qoq.kernels.attention import Workspace
+from qoq.layout import OFFSETS
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
 from qoq.models.decoder import KVTransform, Rope, rotary_embedding, visible
 from qoq.paged import PAGE, HeadNorms, rope_tables

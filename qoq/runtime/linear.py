@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qoq import quant
-from qoq.checkpoint import Checkpoint, linear_tensors, unpack_linear
+from qoq.checkpoint import Checkpoint, unpack_linear
 from qoq.errors import CheckpointError, QuantizationError
 from qoq.kernels import PackedWeight, quant_rows, rmsnorm, rmsnorm_quant, silu_mul_quant, w4a8_gemm
+from qoq.layout import linear_tensors
 from qoq.quant import ChannelWeight, QuantizedRows
 
 # (rows (M, K) as the precision has them, residual (M, N) float16 or None) -> (M, N) float16: rows times W^T, plus

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qoq import recipe
-from qoq.checkpoint import Checkpoint, expected_tensors, quantization_config
+from qoq.checkpoint import Checkpoint
+from qoq.layout import expected_tensors, quantization_config
 from qoq.models.architecture import LM_HEAD
 from qoq.roofline import Dimensions
 
