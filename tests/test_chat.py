@@ -110,7 +110,7 @@ def test_what_the_engine_could_not_answer_does_not_stay():
 def test_a_template_that_refuses_and_none_at_all():
     fake: Any = Fake(["fine"])
     fake.tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
-    with pytest.raises(QoqError, match="chat template: no system messages"):
+    with pytest.raises(QoqError, match="chat template refuses the messages: no system messages"):
         next(Conversation(fake, "Be kind").answer("Hello"))
     fake.tokenizer.chat_template = None
     with pytest.raises(QoqError, match="no chat template"):

@@ -68,5 +68,5 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-    except TemplateError as error:
-        raise QoqError(f"chat template: {error}") from None
+    except (TemplateError, TypeError) as error:
+        raise QoqError(f"the chat template refuses the messages: {error}") from None

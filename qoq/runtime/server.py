@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
 import qoq
 from qoq.errors import QoqError
 from qoq.runtime.async_engine import Answers, AsyncEngine, EngineDead, QueueFull
+from qoq.runtime.conversation import chat_tokens
 from qoq.runtime.engine import LLMEngine, Prompt, RequestOutput
 from qoq.runtime.protocol import COMPLETION_TOKENS, ApiError, ChatRequest, CompletionRequest, Reply, Sampling, read
 from qoq.runtime.sampler import SamplingParams
@@ -130,9 +130,9 @@ class _Server:
         if not self.tokenizer.chat_template:
             raise ApiError(400, "the model has no chat template, expected a request to /v1/completions")
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except (TemplateError, TypeError) as error:
-            raise ApiError(400, f"the chat template refuses the messages: {error}", "messages") from None
+            return chat_tokens(self.tokenizer, messages)
+        except QoqError as error:
+            raise ApiError(400, str(error), "messages") from None
 
     async def _answer(
         self,
