@@ -77,7 +77,7 @@ def text(
         version=report["version"],
         recipe=settings.name,
         exceptions=_exceptions(half_precision),
-        engines=engines(group, bool(half_precision), settings.weights.grid == "round"),
+        engines=engines(group, bool(half_precision), fits_int4(settings)),
         importing="" if half_precision else IMPORTING,
         base=f"[{source.name}](https://huggingface.co/{source.name})" if hub_id else name,
         layout=layout,
@@ -114,6 +114,11 @@ def _exceptions(half_precision: Collection[str]) -> str:
         f"Linears left in 16 bits: {len(half_precision)}, in layers {', '.join(map(str, layers))}; `config.json` lists "
         "them under `modules_to_not_convert`.\n"
     )
+
+
+def fits_int4(settings: Recipe) -> bool:
+    """Whether the zeros of this recipe's grids are 4-bit zero points."""
+    return settings.weights.grid == "round" or settings.weights.whole_zeros
 
 
 def _passes(settings: Recipe) -> str:

@@ -120,31 +120,33 @@ def corrected(w: Tensor, moments: Moments, strength: float) -> Tensor:
     return w + strength * shift
 
 
-def search_grid(w: Tensor, group_size: int, importance: Tensor) -> Grid:
+def search_grid(w: Tensor, group_size: int, importance: Tensor, whole_zeros: bool = False) -> Grid:
     """The best legal grid of each group by sum_j importance_j * (w_j - value_j)**2.
 
-    w (N, K) float32, importance (K,) float32. Grouped: any integer zero, s2 from the rounded one down to where
-    clipping stops paying, up to one step above. Per channel: shrunken ranges.
+    w (N, K) float32, importance (K,) float32. Grouped: any integer zero, or with `whole_zeros` 0..15 times s2; s2 from
+    the rounded one down to where clipping stops paying, up to one step above. Per channel: shrunken ranges.
     """
-    parts = [_search_rows(rows, group_size, importance) for rows in w.split(ROWS_AT_ONCE)]
+    parts = [_search_rows(rows, group_size, importance, whole_zeros) for rows in w.split(ROWS_AT_ONCE)]
     joined = {
         name: torch.cat([getattr(part, name) for part in parts]) for name in ("s1", "step", "zero", "low", "high")
     }
     return Grid(**joined, per_channel=group_size == -1)
 
 
-def _search_rows(w: Tensor, group_size: int, importance: Tensor) -> Grid:
-    return _search_channel(w, importance) if group_size == -1 else _search_grouped(w, group_size, importance)
+def _search_rows(w: Tensor, group_size: int, importance: Tensor, whole_zeros: bool) -> Grid:
+    if group_size == -1:
+        return _search_channel(w, importance)
+    return _search_grouped(w, group_size, importance, whole_zeros)
 
 
-def _search_grouped(w: Tensor, group_size: int, importance: Tensor) -> Grid:
+def _search_grouped(w: Tensor, group_size: int, importance: Tensor, whole_zeros: bool) -> Grid:
     plain = round_grouped(w, group_size)
     s1 = plain.s1
     v = (w / s1.float()[:, None]).unflatten(1, (-1, group_size))  # (N, G, group)
     weight = importance.view(1, -1, group_size)
     low, high = v.amin(2), v.amax(2)
     needed, centre = (high - low) / 15, (low + high) / 2
-    best = _Best(v, weight)
+    best = _Best(v, weight, whole_zeros)
     best.offer(plain.s2.float(), plain.z.float())
     for step in (needed.ceil(), *((needed * shrink).round() for shrink in SHRINKS)):
         step = step.clamp(1, MAX_S2)
@@ -156,13 +158,15 @@ def _search_grouped(w: Tensor, group_size: int, importance: Tensor) -> Grid:
 class _Best:
     """The best (step, zero) of each group so far, for values v (N, G, group) and their weights (1, G, group)."""
 
-    def __init__(self, v: Tensor, weight: Tensor):
-        self.v, self.weight = v, weight
+    def __init__(self, v: Tensor, weight: Tensor, whole_zeros: bool):
+        self.v, self.weight, self.whole_zeros = v, weight, whole_zeros
         self.loss = torch.full_like(v[..., 0], torch.inf)
         self.step, self.zero = torch.ones_like(self.loss), torch.zeros_like(self.loss)
 
     def offer(self, step: Tensor, zero: Tensor) -> None:
         """Keep step and zero (N, G), integers, where they are legal and better."""
+        if self.whole_zeros:
+            zero = (zero / step).round().clamp(0, 15) * step
         code_low, code_high = code_range(step, zero)
         codes = nearest_code(self.v, *(x[..., None] for x in (step, zero, code_low, code_high)))
         loss = ((codes * step[..., None] - zero[..., None] - self.v).square() * self.weight).sum(2)
@@ -270,7 +274,8 @@ def quantize(
         moments.g = moments.g.new_empty(0)  # 0.8 GB at K = 14336
         importance = moments.h.diagonal() / moments.h.diagonal().mean()
         search = settings.weights.grid == "search"
-        grid = search_grid(target, settings.group_size, importance) if search else as_grid(plain)
+        whole = settings.weights.whole_zeros
+        grid = search_grid(target, settings.group_size, importance, whole) if search else as_grid(plain)
         solved = gptq(target, grid, moments.h) if settings.weights.gptq else None
         if solved is None:
             chosen = onto_grid(target, grid)

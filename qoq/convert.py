@@ -325,7 +325,7 @@ def _too_much(name: str, error: float, bound: float, imported: Loss, exported: L
     if exported.relative > imported.relative:
         share = exported.rounded / max(exported.groups, 1)
         return (
-            f"{said}: {share:.0%} of its groups have zeros that no 4-bit zero point holds. A recipe with weights.grid: "
-            "round makes zeros that fit; --to compressed-tensors-w8a8 and --to hf take any"
+            f"{said}: {share:.0%} of its groups have zeros that no 4-bit zero point holds. A recipe with weights."
+            "whole_zeros (qoq-g128-int4) makes zeros that fit; --to compressed-tensors-w8a8 and --to hf take any"
         )
     return f"{said}: its group scales are no multiples, 1 to 17 times, of one scale a row"

@@ -48,6 +48,7 @@ class Weights:
     """How weights get their codes; see `calibration.weights`."""
 
     grid: str = "round"  # or "search": the best legal (s2, z) of each group
+    whole_zeros: bool = False  # of groups: a zero is a code, as in the 4-bit formats of other engines
     gptq: bool = False
     asymmetric: float = 0.0  # how far to aim at the full-precision model's output from the quantized model's input
 
@@ -76,6 +77,8 @@ class Recipe:
         require(self.name.isprintable(), "name", self.name, "printable text")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
         require(self.group_size in GROUP_SIZES, "group_size", self.group_size, "128, 64 or -1 (per channel)")
+        whole = self.weights.whole_zeros
+        require(not whole or self.group_size > 0, "weights.whole_zeros", whole, "false where group_size is -1")
 
 
 def load(name_or_path: str) -> Recipe:

@@ -17,14 +17,16 @@ def test_a_shipped_recipe_is_what_its_name_says(name):
     assert loaded.name == name
     suffix = "channel" if loaded.group_size == -1 else f"g{loaded.group_size}"
     if name.startswith(("qoq-", "rtn-")):
-        assert name.endswith(suffix)
+        assert name.removesuffix("-int4").endswith(suffix)
+        assert loaded.weights.whole_zeros == name.endswith("-int4")
     if name.startswith("rtn-"):
         assert loaded == Recipe(name, loaded.group_size, calibration=loaded.calibration)  # everything else is off
     assert recipe.parse(recipe.dump(loaded)) == loaded
 
 
 def test_the_default_and_the_baselines_ship():
-    assert {"qoq-g128", "qoq-g64", "qoq-channel", "rtn-g128", "rtn-g64", "rtn-channel"} <= set(recipe.names())
+    ours = {"qoq-g128", "qoq-g128-int4", "qoq-g64", "qoq-channel"}
+    assert ours | {"rtn-g128", "rtn-g64", "rtn-channel"} <= set(recipe.names())
 
 
 SWITCHES = [field.name for field in dataclasses.fields(Recipe) if field.type is bool]
@@ -82,6 +84,7 @@ NAMELESS = ("group_size: 64", "", "- 1")
         ("kv_cache: {clip_ratios: [1, 0]}", "here: kv_cache.clip_ratios: .*, expected numbers above 0 and up to 1"),
         ("kv_cache: {clip_ratios: [1.1]}", "here: kv_cache.clip_ratios: .*, expected numbers above 0 and up to 1"),
         ("kv_cache: {clip_ratios: [.nan]}", "here: kv_cache.clip_ratios: .*nan"),
+        ("group_size: -1\nweights: {whole_zeros: true}", "here: weights.whole_zeros: True, expected false where"),
         ("weights: {grid: seek}", "here: weights.grid: 'seek', expected 'round' or 'search'"),
         ("calibration: {nsamples: 0}", "here: calibration.nsamples: 0, expected at least 1"),
         ("calibration: {seqlen: 1}", "here: calibration.seqlen: 1, expected at least 2"),

@@ -89,6 +89,19 @@ def test_the_searched_grid_is_better_than_rounding(group_size):
     assert losses[0] < 0.95 * losses[1]
 
 
+@pytest.mark.parametrize("group_size", [128, 64])
+def test_whole_zeros_are_codes(group_size):
+    w = normal(0, 64, 256).pow(3) + 0.3  # many groups of one sign
+    how = Weights("search", whole_zeros=True, gptq=True)
+    made, _ = weights.quantize({"w": w}, moments_of(normal(1, 400, 256)), settings(group_size, how))["w"]
+    assert isinstance(made, GroupedWeight)
+    check_legal(made, "whole")
+    codes, rest = made.z.int() // made.s2.int(), made.z.int() % made.s2.int()
+    assert not rest.any() and codes.min() >= 0 and codes.max() <= 15
+    free, _ = weights.quantize({"w": w}, moments_of(normal(1, 400, 256)), settings(group_size, EVERYTHING))["w"]
+    assert isinstance(free, GroupedWeight) and (free.z.int() % free.s2.int()).any()
+
+
 def test_rounding_onto_its_own_grid_changes_nothing():
     for group_size in GROUP_SIZES:
         plain = round_to_nearest(normal(0, 32, 256), group_size)
