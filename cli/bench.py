@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Result = Product | Pass
 
-OPS = ("gemm", "rows", "attention", "head", "sample")
+OPS = ("gemm", "rows", "swiglu", "attention", "head", "sample")
 PRODUCT_COLUMNS = (
     *("GEMM", "N x K", "M", "us", "floor us", "of floor", "TOPS", "GB/s", "x fp16", "x int8", "x fp8"),
     "kernel, tile, stages, splits",

@@ -161,6 +161,17 @@ def test_passes_are_called_as_the_ops_want(called):
     assert sizes[4:] == [("kv4_decode", batch, context) for batch in (1, 3) for context in (64, 100)]
 
 
+def test_swiglu_both_ways(called):
+    found = list(bench.swiglu_passes(plan("swiglu"), machine()))
+    ways = ["w4a8_gemm, silu_mul_quant", "gate_up_silu, quant_rows"]
+    assert [(each.op, each.sizes["tokens"]) for each in found] == [(way, m) for m in (1, 17, 32) for way in ways]
+    behind, inside = found[2:4]
+    assert behind.bytes - inside.bytes == 17 * 2 * 2 * TINY.intermediate_size  # half of gate and up, there and back
+    assert inside.bytes == bench.weight_bytes(512, 128, 128) + 17 * (128 + 8 + 2 * 2 * 256 + 256 + 8)
+    old = Machine(torch.device("cpu"), Card("A100", "sm_80", 108), 1 << 20, 3.0e12, None)
+    assert {each.op for each in bench.swiglu_passes(plan("swiglu"), old)} == {ways[0]}
+
+
 def test_bytes_of_passes(called):
     """Llama-3-8B's by hand: 1,088 bytes of cache for a token, rows of 6,144 and 4,096."""
     moved = {(each.op, *each.sizes.values()): each.bytes for each in bench.row_passes(plan("rows"), machine())}
@@ -245,8 +256,8 @@ def test_the_command_prints_tables(qoq, called):
         "NVIDIA H100 80GB HBM3 (sm_90a), llama-3-8b, groups of 128; device copy 3000 GB/s; "
         "data sheet 3350 GB/s and 1979 TOPS"
     )
-    assert [table.split()[0] for table in tables] == ["GEMM", "op", "op", "op", "op"]
-    assert [len(table.splitlines()) for table in tables] == [9, 7, 6, 5, 5]
+    assert [table.split()[0] for table in tables] == ["GEMM", *["op"] * 5]
+    assert [len(table.splitlines()) for table in tables] == [9, 7, 5, 6, 5, 5]
     assert "groups of 64" in qoq(*options("--ops", "rows", "--group-size", "64"))[1]
 
 
@@ -304,7 +315,7 @@ def test_out_of_memory_is_one_line(qoq, called, monkeypatch):
         (["--tokens", ""], "expected whole numbers"),
         (["--batches", "1024,1025"], "whole numbers from 1 to 1024"),
         (["--contexts", "-5"], "expected whole numbers"),
-        (["--ops", "gemm,rowz"], "'gemm,rowz', expected some of gemm, rows, attention, head, sample"),
+        (["--ops", "gemm,rowz"], "'gemm,rowz', expected some of gemm, rows, swiglu, attention, head, sample"),
         (["--model", "llama"], "llama-3-8b"),
         (["--group-size", "32"], "32"),
         (["--csv", "{tmp}/absent/x.csv"], "absent: no such folder"),

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qoq import quant
+from qoq import packing, quant
 from qoq.checkpoint import pack_linear
 from qoq.errors import QoqError
 from qoq.kernels import gemm, tiling
-from qoq.kernels.gemm import PackedWeight, w4a8_gemm
+from qoq.kernels.gemm import PackedWeight, gate_up_silu, w4a8_gemm
+from qoq.kernels.rows import quant_rows, silu_mul_quant
 from qoq.kernels.tiling import KERNELS, Card, Config
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedRows, QuantizedWeight, quantize_rows
 
@@ -113,6 +114,28 @@ def test_a_checkpoint_packs_alike(group_size):
         assert x is y is None or torch.equal(x, y)
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("n", [64, 192])
+def test_interleaved_rows_of_gate_and_up(n, group_size):
+    weight = extreme_weight(n, 384, group_size, seed=25)
+    order = torch.tensor(
+        [row + side for first in range(0, n // 2, 16) for side in (0, n // 2) for row in range(first, first + 16)]
+    )
+    expected = PackedWeight.pack(type(weight)(*(x[order] for x in vars(weight).values())))
+    found = PackedWeight.pack(weight).interleaved()
+    for x, y in zip(vars(expected).values(), vars(found).values(), strict=True):
+        assert x is y is None or torch.equal(x, y)
+    assert torch.equal(packing.interleave_rows(torch.arange(n)), order)
+
+
+def test_interleaving_needs_whole_strips_of_both():
+    odd = PackedWeight.pack(extreme_weight(96, 128, 128, seed=26))
+    with pytest.raises(ValueError, match="N = 96, expected a multiple of 64"):
+        odd.interleaved()
+    with pytest.raises(ValueError, match="N = 96, expected a multiple of 64"):
+        gate_up_silu(extreme_rows(1, 128, 27), odd)
+
+
 def test_z_far_outside_a_byte():
     """All weights of a group negative, or all positive: the low byte of z alone would say otherwise."""
     codes = torch.tensor([[15] * 64 + [0] * 64] * 32, dtype=torch.uint8)
@@ -152,6 +175,17 @@ def test_products_on_the_cpu(group_size, m):
     assert same(w4a8_gemm(rows, packed, bias), expected(rows, weight, bias))
     assert same(w4a8_gemm(rows, packed, residual=residual), expected(rows, weight, residual=residual))
     assert same(w4a8_gemm(rows, packed, bias, residual), expected(rows, weight, bias, residual))
+
+
+@pytest.mark.parametrize("m", [0, 1, 5])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_swiglu_on_the_cpu(group_size, m):
+    weight, rows = extreme_weight(192, 384, group_size, seed=28), extreme_rows(m, 384, seed=29)
+    packed, (bias, _) = PackedWeight.pack(weight), vectors(m, 192, seed=30)
+    found = gate_up_silu(rows, packed.interleaved())
+    assert found.shape == (m, 96) and same(found, quant.silu_mul(*w4a8_gemm(rows, packed).chunk(2, dim=1)))
+    found = gate_up_silu(rows, packed.interleaved(), packing.interleave_rows(bias))
+    assert same(found, quant.silu_mul(*w4a8_gemm(rows, packed, bias).chunk(2, dim=1)))
 
 
 def test_nan_stays_in_its_row():
@@ -413,3 +447,60 @@ def test_an_illegal_configuration_is_refused(cuda):
     packed = PackedWeight.pack(extreme_weight(64, 256, 64, 23, cuda))
     with pytest.raises(ValueError, match="no tile"):
         w4a8_gemm(extreme_rows(1, 256, 24, cuda), packed, config=Config("mma", 96, 16, 4))
+
+
+def silu_mul_of_the_rows(gate: Tensor, up: Tensor) -> Tensor:
+    """What `silu_mul_quant` makes of two tensors before it quantizes; -0 is 0 and infinity NaN."""
+    alone = torch.zeros(gate.numel(), 16, dtype=torch.float16, device=gate.device)  # one value, and zeros, in a row
+    alone[:, 0], alone[:, 8] = gate.flatten(), up.flatten()
+    rows = silu_mul_quant(alone)
+    return (rows.sx * 127 * rows.x8[:, 0].sign().where(rows.sx.isfinite(), 1)).half().view_as(gate)
+
+
+def finite(y: Tensor) -> Tensor:
+    """-0 as 0, infinity as NaN."""
+    return (y + 0).where(y.isfinite(), torch.nan)
+
+
+@pytest.fixture
+def hopper(cuda: str) -> str:
+    if not gemm.fuses_swiglu(torch.device(cuda)):
+        pytest.skip("no kernel that ends in SwiGLU on this card")
+    return cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("f", "k", "group_size"), [(4864, 896, 128), (96, 1600, 64), (1504, 1056, -1), (32, 4096, 128), (14336, 4096, 128)]
+)
+def test_swiglu_has_the_bits_of_the_pair(hopper, f, k, group_size):
+    packed = PackedWeight.pack(extreme_weight(2 * f, k, group_size, f, hopper))
+    interleaved = packed.interleaved()
+    for m in (1, 8, 17, 64, 128, 300, 1000, 4096):
+        rows, (bias, _) = extreme_rows(m, k, m, hopper), vectors(m, 2 * f, m, hopper)
+        rows.sx.mul_(torch.exp2(-(torch.arange(m, device=hopper) % 12).float()))
+        rows.sx[2::9] = torch.nan
+        for linear_bias in (None, bias):
+            with poison():
+                y = gate_up_silu(rows, interleaved, None if linear_bias is None else packing.interleave_rows(bias))
+            gate_up = w4a8_gemm(rows, packed, linear_bias)
+            if m <= 300:
+                assert same(finite(y), silu_mul_of_the_rows(*gate_up.chunk(2, dim=1))), m
+            for x, expected in zip(vars(quant_rows(y)).values(), vars(silu_mul_quant(gate_up)).values(), strict=True):
+                assert torch.equal(x.nan_to_num(-1), expected.nan_to_num(-1)), m
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_every_configuration_of_swiglu_gives_the_same_bits(hopper, group_size):
+    n, k, m = 832, {128: 1664, 64: 1728, -1: 1760}[group_size], 137
+    packed, rows = PackedWeight.pack(extreme_weight(n, k, group_size, 31, hopper)), extreme_rows(m, k, 32, hopper)
+    card, interleaved = gemm.card_of(rows.x8.device), packed.interleaved()
+    expected = silu_mul_of_the_rows(*w4a8_gemm(rows, packed).chunk(2, dim=1))
+    for config in tiling.configs("wgmma", card, group_size):
+        if group_size == 128 or config.tokens in (8, 128):
+            tried = list(tiling.splits(config, card, m, n, k, group_size))
+            for split in (tried[0], tried[-1]) if config.tokens in (16, 64, 128) else tried[:1]:
+                with poison():
+                    y = gate_up_silu(rows, interleaved, config=split)
+                assert same(finite(y), expected), split

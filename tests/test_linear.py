@@ -6,9 +6,20 @@ from conftest import GROUP_SIZES, VOCAB, relative
 
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, QoqError
+from qoq.quant import quantize_rows
+from qoq.runtime import linear as linears
 from qoq.runtime import model
 from qoq.runtime.engine import LLMEngine
-from qoq.runtime.linear import PRECISIONS, FloatLinear, joined_tensors
+from qoq.runtime.linear import (
+    PRECISIONS,
+    FloatLinear,
+    PackedLinear,
+    Stage,
+    SwigluLinear,
+    fuse_swiglu,
+    joined_tensors,
+    load_linear,
+)
 from qoq.runtime.sampler import SamplingParams
 from qoq.runtime.scheduler import Chunk, Request
 
@@ -30,6 +41,22 @@ def test_a_float_linear_multiplies_the_dequantized_weights(checkpoint_folder, fa
         tensors["s2_scales"][0, 0] = 0
         with pytest.raises(CheckpointError, match="model.layers.1.x"):
             FloatLinear.of(tensors, "model.layers.1.x")
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_swiglu_in_one_kernel_gives_down_the_same(checkpoint_folder, group_size, monkeypatch):
+    checkpoint, w4a8 = Checkpoint(checkpoint_folder("llama", group_size)), PRECISIONS["w4a8"]
+    packed = PackedLinear.of(joined_tensors(checkpoint, 1, ["mlp.gate_proj", "mlp.up_proj"]), "gate_up")
+    down = load_linear(checkpoint, 1, ["mlp.down_proj"], torch.device("cpu"), w4a8)
+    assert fuse_swiglu(Stage(packed, w4a8), down) == (Stage(packed, w4a8), down)
+    monkeypatch.setattr(linears, "fuses_swiglu", lambda device: True)
+    fused, behind = fuse_swiglu(Stage(packed, w4a8), down)
+    assert isinstance(fused.linear, SwigluLinear) and behind.linear is down.linear
+    rows = quantize_rows(torch.randn(3, checkpoint.spec.hidden_size, generator=torch.Generator().manual_seed(0)))
+    found, expected = behind.to.silu_mul(fused.linear(rows, None)), down.to.silu_mul(packed(rows))
+    assert all(torch.equal(x, y) for x, y in zip(vars(found).values(), vars(expected).values(), strict=True))
+    half = Stage(FloatLinear(torch.ones(4, 4), None), PRECISIONS["fp16"])
+    assert fuse_swiglu(half, down) == (half, down)
 
 
 def test_passes_of_fp16_keep_values():

@@ -6,13 +6,14 @@ that the tests state. A wrong argument raises ValueError. Importing this starts 
 """
 
 from qoq.kernels.attention import kv4_decode, kv4_gather, rope_kv4_append
-from qoq.kernels.gemm import PackedWeight, w4a8_gemm
+from qoq.kernels.gemm import PackedWeight, gate_up_silu, w4a8_gemm
 from qoq.kernels.head import lm_head
 from qoq.kernels.rows import quant_rows, rmsnorm, rmsnorm_quant, silu_mul_quant
 from qoq.kernels.sampling import sample
 
 __all__ = [
     "PackedWeight",
+    "gate_up_silu",
     "kv4_decode",
     "kv4_gather",
     "lm_head",

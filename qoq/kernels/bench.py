@@ -19,7 +19,7 @@ from qoq import paged
 from qoq.kernels import attention, head, rows, sampling, tiling
 from qoq.kernels.attention import Workspace, kv4_decode, kv4_gather, rope_kv4_append
 from qoq.kernels.build import Specialisation
-from qoq.kernels.gemm import PackedWeight, w4a8_gemm
+from qoq.kernels.gemm import PackedWeight, gate_up_silu, w4a8_gemm
 from qoq.kernels.head import lm_head
 from qoq.kernels.rows import quant_rows, rmsnorm_quant, silu_mul_quant
 from qoq.kernels.sampling import sample
@@ -150,7 +150,12 @@ def specialisations(plan: Plan, card: Card) -> list[Specialisation]:
         shapes = plan.model.linears().values()
         configs = [tiling.choose(card, m, n, k, plan.group_size) for n, k in shapes for m in plan.tokens]
         found += gemm_specialisations(configs, card, plan.group_size)
-    if "rows" in plan.ops:
+    if "swiglu" in plan.ops:
+        n, k = plan.model.linears()["gate_up"]
+        configs = [tiling.choose(card, m, n, k, plan.group_size) for m in plan.tokens]
+        for swiglu in (False, True) if KERNELS[card.limits.kernels[-1]].swiglu else (False,):
+            found += gemm_specialisations(configs, card, plan.group_size, swiglu)
+    if {"rows", "swiglu"} & {*plan.ops}:
         found += rows.SPECIALISATIONS
     if "attention" in plan.ops:
         layout = {"HEAD_DIM": plan.model.head_dim, "BITS": 4}
@@ -160,16 +165,21 @@ def specialisations(plan: Plan, card: Card) -> list[Specialisation]:
         found += [one for one in head.SPECIALISATIONS if one.defines in defines]
     if "sample" in plan.ops:
         found += sampling.SPECIALISATIONS
-    return [one for one in found if card.architecture in one.architectures]
+    return unique(one for one in found if card.architecture in one.architectures)
 
 
-def gemm_specialisations(configs: Iterable[Config], card: Card, group_size: int) -> list[Specialisation]:
+def gemm_specialisations(
+    configs: Iterable[Config], card: Card, group_size: int, swiglu: bool = False
+) -> list[Specialisation]:
     """What runs some configurations on a card."""
     kernels = ((KERNELS[config.kernel], config) for config in configs)
-    found = (
-        Specialisation(kernel.source, kernel.defines(config, group_size), (card.architecture,))
+    return unique(
+        Specialisation(kernel.source, kernel.defines(config, group_size, swiglu), (card.architecture,))
         for kernel, config in kernels
     )
+
+
+def unique(found: Iterable[Specialisation]) -> list[Specialisation]:
     return list({(one.source, *one.defines.items()): one for one in found}.values())
 
 
@@ -264,6 +274,23 @@ def row_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
         moved = 5 * m * inner + results
         calls = [partial(silu_mul_quant, x) for x in halves(machine, moved, m, 2 * inner)]
         yield one_pass("silu_mul_quant", {"tokens": m, "width": inner}, moved, calls, machine)
+
+
+def swiglu_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
+    """From gate_up's input to down's: SwiGLU behind the GEMM, and at its end where the card has a kernel for that."""
+    (n, k), group_size = plan.model.linears()["gate_up"], plan.group_size
+    weights = random_weights(n, k, group_size, machine)
+    ways: dict[str, tuple[Callable[..., object], int]] = {
+        "w4a8_gemm, silu_mul_quant": (lambda x, w: silu_mul_quant(w4a8_gemm(x, w)), 4 * n)
+    }
+    if KERNELS[machine.card.limits.kernels[-1]].swiglu:
+        ways["gate_up_silu, quant_rows"] = (lambda x, w: quant_rows(gate_up_silu(x, w)), 2 * n)
+    for m in plan.tokens:
+        x = random_rows(m, k, machine.device)
+        for name, (way, half_bytes) in ways.items():
+            moved = weight_bytes(n, k, group_size) + m * (k + half_bytes + n // 2 + 16)
+            calls = [partial(way, x, weight) for weight in weights]
+            yield one_pass(name, {"tokens": m, "width": n // 2}, moved, calls, machine)
 
 
 def head_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
@@ -392,6 +419,7 @@ def random_rope(positions: int, layout: Layout, device: torch.device) -> Rope:
 MEASUREMENTS: dict[str, Callable[[Plan, Machine], Iterator[Product | Pass]]] = {
     "gemm": products,
     "rows": row_passes,
+    "swiglu": swiglu_passes,
     "attention": attention_passes,
     "head": head_passes,
     "sample": sample_passes,

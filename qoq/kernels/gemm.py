@@ -45,6 +45,16 @@ SPECIALISATIONS = (
         for group_size in (128, 64, -1)
         for splits in ((1, 3, 8) if tile in ((128, 8), (128, 64), (256, 128)) else (1,))
     ),
+    *(
+        Specialisation(
+            "gemm_wgmma.cu",
+            KERNELS["wgmma"].defines(Config("wgmma", *tile, 6, splits), group_size, swiglu=True),
+            architectures=("sm_90a",),
+            expected=(*(code.replace(r"MT88\.4", r"MT88\.2") for code in WGMMA_CODE), r"MUFU\.EX2", r"MUFU\.RCP"),
+        )
+        for tile in KERNELS["wgmma"].shapes
+        for group_size, splits in (((128, 1), (64, 3), (-1, 1)) if tile in ((128, 8), (256, 128)) else ((128, 1),))
+    ),
 )
 
 
@@ -142,6 +152,19 @@ class PackedWeight:
         z = 128 - (packing.unpack_level2(self.zeros) + 128 & 255) + torch.where(s2 < 0, 256, 0)
         return GroupedWeight(codes, self.s1, s2 & 31, z.to(torch.int32))
 
+    def interleaved(self) -> "PackedWeight":
+        """As `gate_up_silu` takes it: of the rows of a gate and then of an up, N % 64 == 0."""
+        if self.N % (2 * packing.TILE) != 0:
+            raise ValueError(f"N = {self.N}, expected a multiple of {2 * packing.TILE}: a gate's rows and an up's")
+        rows, level2 = packing.interleave_rows, packing.interleave_level2
+        return PackedWeight(
+            packing.interleave_qweight(self.qweight),
+            rows(self.s1),
+            None if self.s2 is None else level2(self.s2),
+            None if self.zeros is None else level2(self.zeros),
+            None if self.szero is None else rows(self.szero),
+        )
+
     def to(self, device: str | torch.device) -> "PackedWeight":
         """The same weight on a device."""
         moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
@@ -170,6 +193,38 @@ def w4a8_gemm(
     Raises:
         ValueError: an argument of a wrong shape, type or device, or an illegal `config`.
     """
+    return _multiply(rows, weight, bias, residual, config, swiglu=False)
+
+
+def gate_up_silu(
+    rows: QuantizedRows, weight: PackedWeight, bias: Tensor | None = None, config: Config | None = None
+) -> Tensor:
+    """silu(gate) * up (M, F) float16 of rows (M, K) times a weight of 2F rows, `interleaved`, as is its bias (2F,).
+
+    The bits are those of `w4a8_gemm` and then `quant.silu_mul`, for which a GPU has `silu_mul_quant`. Only some cards
+    have a kernel for it: those where `fuses_swiglu`. For all else see `w4a8_gemm`.
+
+    Raises:
+        ValueError: as `w4a8_gemm`; no such kernel.
+    """
+    if weight.N % (2 * packing.TILE) != 0:
+        raise ValueError(f"qweight: N = {weight.N}, expected a multiple of {2 * packing.TILE}: rows of gate and up")
+    return _multiply(rows, weight, bias, None, config, swiglu=True)
+
+
+def fuses_swiglu(device: torch.device) -> bool:
+    """Whether a device has a kernel for `gate_up_silu`."""
+    return device.type == "cuda" and KERNELS[card_of(device).limits.kernels[-1]].swiglu
+
+
+def _multiply(
+    rows: QuantizedRows,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    config: Config | None,
+    swiglu: bool,
+) -> Tensor:
     x8 = rows.x8
     expect("x8", x8, torch.int8, (None, weight.K), like=weight.qweight)
     m, n = x8.shape[0], weight.N
@@ -179,7 +234,7 @@ def w4a8_gemm(
         expect("bias", bias, torch.float16, (n,), like=x8)
     if residual is not None:
         expect("residual", residual, torch.float16, (m, n), like=x8)
-    out = torch.empty(m, n, dtype=torch.float16, device=x8.device)
+    out = torch.empty(m, n // 2 if swiglu else n, dtype=torch.float16, device=x8.device)
     if m == 0:
         return out
 
@@ -192,6 +247,8 @@ def w4a8_gemm(
             config = tiling.choose(card, *shape)
         elif problem := tiling.problem(config, card, *shape):
             raise ValueError(f"config: {problem}")
+        if swiglu and not KERNELS[config.kernel].swiglu:
+            raise ValueError(f"config: kernel {config.kernel!r} on {card.architecture} makes no SwiGLU")
         tile = [config.rows, config.tokens, config.stages, config.splits]
         partials = workspace(x8.device)
     _w4a8_gemm(
@@ -205,6 +262,7 @@ def w4a8_gemm(
         weight.szero,
         bias,
         residual,
+        swiglu,
         config.kernel if config else "",
         tile,
         weight.group_size,
@@ -244,6 +302,7 @@ def _gemm_cuda(
     szero: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    swiglu: bool,
     kernel: str,
     tile: list[int],
     group_size: int,
@@ -252,7 +311,7 @@ def _gemm_cuda(
 ) -> None:
     (m, k), n, config = x8.shape, qweight.shape[0], Config(kernel, *tile)
     face = KERNELS[kernel]
-    module(face.source, x8.device, face.defines(config, group_size)).launch(
+    module(face.source, x8.device, face.defines(config, group_size, swiglu)).launch(
         "w4a8_gemm",
         face.grid(config, group_size, card_of(x8.device), m, n),
         face.threads(config),
@@ -272,6 +331,7 @@ def _gemm_cpu(
     szero: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    swiglu: bool,
     kernel: str,
     tile: list[int],
     group_size: int,
@@ -280,13 +340,15 @@ def _gemm_cpu(
 ) -> None:
     weight = PackedWeight(qweight, s1, s2, zeros, szero).unpack()
     y = QuantizedLinear(weight, bias).multiply(QuantizedRows(x8, sx, sums))
+    if swiglu:
+        y = quant.silu_mul(*(side.flatten(1) for side in y.unflatten(1, (-1, 2, packing.TILE // 2)).unbind(2)))
     out.copy_(y if residual is None else residual + y)
 
 
 _w4a8_gemm = register(
     "w4a8_gemm(Tensor x8, Tensor sx, Tensor sums, Tensor qweight, Tensor s1, Tensor? s2, Tensor? zeros, Tensor? szero,"
-    " Tensor? bias, Tensor? residual, str kernel, int[] tile, int group_size, Tensor(a!)? workspace, Tensor(b!) out)"
-    " -> ()",
+    " Tensor? bias, Tensor? residual, bool swiglu, str kernel, int[] tile, int group_size, Tensor(a!)? workspace,"
+    " Tensor(b!) out) -> ()",
     cuda=_gemm_cuda,
     cpu=_gemm_cpu,
 )

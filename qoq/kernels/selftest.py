@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from qoq import kernels, paged, quant, sampling
+from qoq import kernels, packing, paged, quant, sampling
 from qoq.errors import KernelError
 from qoq.kernels import build, gemm, tiling
 from qoq.kernels.gemm import PackedWeight
@@ -172,6 +172,26 @@ def check_w4a8_gemm(device: torch.device) -> Outcome:
     return Outcome(cases, wrong, 0)
 
 
+def check_gate_up_silu(device: torch.device) -> Outcome:
+    """Quantized, equal to `silu_mul_quant` of what `w4a8_gemm` gives; only where there is a kernel for it."""
+    wrong, cases, n = 0, 0, 448
+    if device.type == "cuda" and not gemm.fuses_swiglu(device):
+        return Outcome(0, 0, 0)
+    for group_size, k in ((128, 4096), (64, 576), (-1, 1056)):
+        weight = quant.round_to_nearest(torch.randn(n, k), group_size)
+        bias, packed = torch.randn(n).half().to(device), PackedWeight.pack(weight).to(device)
+        interleaved, its_bias = packed.interleaved(), packing.interleave_rows(bias)
+        for m in (1, 9, 100):
+            rows = QuantizedRows(*(x.to(device) for x in vars(quant.quantize_rows(random_rows(m, k))).values()))
+            expected = kernels.silu_mul_quant(kernels.w4a8_gemm(rows, packed, bias))
+            for config in gemm_configs(device, m, n, k, group_size):
+                if config is None or tiling.KERNELS[config.kernel].swiglu:
+                    y = kernels.gate_up_silu(rows, interleaved, its_bias, config)
+                    wrong += wrong_rows(kernels.quant_rows(y), expected)
+                    cases += 1
+    return Outcome(cases, wrong, 0)
+
+
 # Output head
 
 
@@ -306,6 +326,7 @@ CHECKS: list[tuple[str, Check]] = [
     ("rmsnorm_quant", check_rmsnorm_quant),
     ("silu_mul_quant", check_silu_mul_quant),
     ("w4a8_gemm", check_w4a8_gemm),
+    ("gate_up_silu", check_gate_up_silu),
     ("lm_head", check_lm_head),
     ("rope_kv4_append", check_rope_kv4_append),
     ("kv4_decode", check_kv4_decode),

@@ -85,6 +85,7 @@ class Kernel(ABC):
     fewest_stages: int
     most_stages: int
     most_splits: int
+    swiglu = False  # whether it can end in silu(gate) * up
 
     @abstractmethod
     def threads(self, config: Config) -> int:
@@ -110,7 +111,8 @@ class Kernel(ABC):
     def clocks(self, config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> float:
         """A rough time: that of device memory, L2 and arithmetic, each with what the grid leaves idle."""
 
-    def defines(self, config: Config, group_size: int) -> dict[str, int | str]:
+    def defines(self, config: Config, group_size: int, swiglu: bool = False) -> dict[str, int | str]:
+        """Of the source; `swiglu` for the kernel that ends in silu(gate) * up."""
         return {"ROWS": config.rows, "TOKENS": config.tokens, "STAGES": config.stages, "GROUP_SIZE": group_size}
 
 
@@ -197,6 +199,7 @@ class Wgmma(Kernel):
     source = "gemm_wgmma.cu"
     shapes = tuple((rows, tokens) for tokens in (8, 16, 32, 64, 96, 128) for rows in (128, 256))
     fewest_stages, most_stages, most_splits = 3, 12, 8
+    swiglu = True
     WARPGROUP = 128
     PART = 18  # multiprocessors, in one of which parts all blocks of a cluster must be; the last is smaller
     OVERHEAD = 7000  # clocks of a launch, its first copies and its last stores
@@ -244,8 +247,9 @@ class Wgmma(Kernel):
             clocks += self.SPLIT_OVERHEAD + sums * self.SUM + (waves - 1) * self.WAVE
         return clocks
 
-    def defines(self, config: Config, group_size: int) -> dict[str, int | str]:
-        return {**super().defines(config, group_size), "SPLITS": config.splits}
+    def defines(self, config: Config, group_size: int, swiglu: bool = False) -> dict[str, int | str]:
+        split = {**super().defines(config, group_size), "SPLITS": config.splits}
+        return {**split, "SWIGLU": 1} if swiglu else split
 
 
 KERNELS: dict[str, Kernel] = {"mma": Mma(), "wgmma": Wgmma()}

@@ -22,7 +22,7 @@ from qoq.models.decoder import KVTransform, Rope, rotary_embedding, visible
 from qoq.paged import PAGE, HeadNorms, rope_tables
 from qoq.runtime.batch import Batch, Prefill
 from qoq.runtime.cache import PagedCache, layout_of
-from qoq.runtime.linear import PRECISIONS, Precision, Stage, load_linear
+from qoq.runtime.linear import PRECISIONS, Precision, Stage, fuse_swiglu, load_linear
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ def load_layer(checkpoint: Checkpoint, index: int, device: torch.device, precisi
     def linear(block: str, *names: str) -> Stage:
         return load_linear(checkpoint, index, [f"{block}.{name}_proj" for name in names], device, precision)
 
+    gate_up, down = fuse_swiglu(linear("mlp", "gate", "up"), linear("mlp", "down"))
     return Layer(
         input_norm=norms["input_layernorm"],
         qkv=linear("self_attn", "q", "k", "v"),
@@ -189,8 +190,8 @@ def load_layer(checkpoint: Checkpoint, index: int, device: torch.device, precisi
         window=spec.windows[index],
         o=linear("self_attn", "o"),
         post_norm=norms["post_attention_layernorm"],
-        gate_up=linear("mlp", "gate", "up"),
-        down=linear("mlp", "down"),
+        gate_up=gate_up,
+        down=down,
     )
 
 

@@ -6,17 +6,18 @@ tensors are concatenated, which packs the concatenation (`qoq.packing`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qoq import quant
+from qoq import packing, quant
 from qoq.checkpoint import Checkpoint, unpack_linear
 from qoq.errors import CheckpointError, QuantizationError
-from qoq.kernels import PackedWeight, quant_rows, rmsnorm, rmsnorm_quant, silu_mul_quant, w4a8_gemm
+from qoq.kernels import PackedWeight, gate_up_silu, quant_rows, rmsnorm, rmsnorm_quant, silu_mul_quant, w4a8_gemm
+from qoq.kernels.gemm import fuses_swiglu
 from qoq.layout import linear_tensors
 from qoq.quant import ChannelWeight, QuantizedRows
 
@@ -42,6 +43,23 @@ class PackedLinear:
 
     def __call__(self, rows: QuantizedRows, residual: Tensor | None = None) -> Tensor:
         return w4a8_gemm(rows, self.weight, self.bias, residual)
+
+
+@dataclass(frozen=True)
+class SwigluLinear:
+    """Gate and up, and silu(gate) * up, in one kernel: gives (M, F) where gate and up have 2F rows together."""
+
+    weight: PackedWeight  # interleaved
+    bias: Tensor | None  # (2F,) float16, likewise
+
+    @staticmethod
+    def of(gate_up: PackedLinear) -> "SwigluLinear":
+        bias = None if gate_up.bias is None else packing.interleave_rows(gate_up.bias)
+        return SwigluLinear(gate_up.weight.interleaved(), bias)
+
+    def __call__(self, rows: QuantizedRows, residual: Tensor | None = None) -> Tensor:
+        assert residual is None, "silu(gate) * up is no part of the residual stream"
+        return gate_up_silu(rows, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,7 @@ class Precision:
 
     norm: Callable[[Tensor, Tensor, float], Any]  # rows (M, K), weight (K,), eps
     rows: Callable[[Tensor], Any]  # rows (M, K) as they are
-    silu_mul: Callable[[Tensor], Any]  # gate and up (M, 2K)
+    silu_mul: Callable[[Tensor], Any]  # gate and up (M, 2K); behind `fuse_swiglu` perhaps silu(gate) * up (M, K)
     linear: Callable[[Mapping[str, Tensor], str], Linear]  # of a checkpoint's tensors by their suffix, and a name
 
 
@@ -122,6 +140,17 @@ class Stage:
 
     linear: Linear
     to: Precision
+
+
+def fuse_swiglu(gate_up: Stage, down: Stage) -> tuple[Stage, Stage]:
+    """The same stages, with SwiGLU in the kernel of gate_up where there is one for that: `down.to.silu_mul` then takes
+    silu(gate) * up as it is. A down in W4A8 gets the same bits both ways.
+    """
+    linear = gate_up.linear
+    if isinstance(linear, PackedLinear) and fuses_swiglu(linear.weight.qweight.device):
+        gate_up = replace(gate_up, linear=SwigluLinear.of(linear))
+        down = replace(down, to=replace(down.to, silu_mul=down.to.rows))
+    return gate_up, down
 
 
 def load_linear(

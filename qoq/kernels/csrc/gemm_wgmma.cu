@@ -12,13 +12,21 @@
 // lane hold rows 0..15 of its 32-row strip in the low nibbles and rows 16..31 in the high ones: four strips give two
 // 64-row products, `low` and `high`. While the products of 32 features run, the next 32 are dequantized. With
 // SPLITS == 1 a block takes tile after tile, its producers ahead of its consumers; else it takes one.
+//
+// With SWIGLU == 1 each strip is 16 rows of a gate and 16 of an up, whose values a thread has in `low` and in `high`:
+// out (M, N / 2) = silu(gate) * up, of gate and up rounded to fp16, without a residual.
 
 #include "common/barrier.cuh"
 #include "common/dequant.cuh"
 #include "common/epilogue.cuh"
 #include "common/mma.cuh"
 #include "common/overlap.cuh"
+#include "common/swiglu.cuh"
 #include "common/wgmma.cuh"
+
+#ifndef SWIGLU
+#define SWIGLU 0
+#endif
 
 constexpr int STRIP = 32;               // weight rows of a warp
 constexpr int STRIPS = ROWS / STRIP;
@@ -30,6 +38,7 @@ constexpr bool GROUPED = GROUP_SIZE != -1;
 constexpr int STEP_GROUPS = GROUPED ? STEP / GROUP_SIZE : 1;
 constexpr int GROUP_CHUNKS = CHUNKS / STEP_GROUPS;
 constexpr int BLOCKS = TOKENS / 8;      // of eight tokens
+constexpr int PAIRED = SWIGLU ? 2 : 1;  // weight rows that make one of `out`
 constexpr int BAND = 16;                // row tiles that run side by side
 
 constexpr int WARPGROUP = 128;
@@ -214,7 +223,7 @@ struct Output {
     __half scale[4], zero[4], shift[4];  // s1, szero, bias of rows g, g + 8, g + 16, g + 24 of the strip
     int64_t corner;       // in `out`: this lane's token and rows of the first block
     int token;            // this lane's of the first block
-    bool exists;          // the strip
+    bool exists;          // the strip, and this lane's rows of `out`
 
     __device__ __forceinline__ Output(const Linear& linear, Shared& shared, const Tile& tile, int strip, int lane)
         : linear(linear),
@@ -222,14 +231,14 @@ struct Output {
           sx(shared.sx[strip * STRIP / WARPGROUP]),
           sums(shared.sums[strip * STRIP / WARPGROUP]) {
         const int row = tile.row + strip * STRIP;
-        exists = row < linear.N;
+        exists = row < linear.N && lane % 4 < 4 / PAIRED;
         token = tile.token + lane / 4;
-        corner = static_cast<int64_t>(token) * linear.N + row + lane % 4 * 8;
+        corner = static_cast<int64_t>(token) * (linear.N / PAIRED) + row / PAIRED + lane % 4 * 8;
         // Read something in any case: a value that may come or not would have to be there before the products start.
         const __half* bias = linear.bias != nullptr ? linear.bias : linear.s1;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int n = (exists ? row : 0) + lane / 4 + 8 * i;
+            const int n = (row < linear.N ? row : 0) + lane / 4 + 8 * i;
             scale[i] = linear.s1[n];
             zero[i] = GROUPED ? scale[i] : linear.szero[n];
             shift[i] = bias[n];
@@ -239,7 +248,7 @@ struct Output {
     __device__ __forceinline__ bool within(int block) const { return exists && token + block * 8 < linear.M; }
 
     __device__ __forceinline__ uint4 residual(int block) const {
-        if (linear.residual == nullptr || !within(block)) return uint4{};
+        if (SWIGLU || linear.residual == nullptr || !within(block)) return uint4{};
         return *reinterpret_cast<const uint4*>(linear.residual + corner + static_cast<int64_t>(block * 8) * linear.N);
     }
 
@@ -262,17 +271,24 @@ struct Output {
             pairs[i] = y(acc[2 * i], token_sum.x, token_scale.x) | y(acc[2 * i + 1], token_sum.y, token_scale.y) << 16;
         }
         // Token r of rows 8 * i.. stands at i ^ r / 2, where no bank is met twice. Lane 4 * r + i gets it back.
-        store_matrices_turned(shared_address(&turned[lane % 8][lane / 8 ^ lane % 8 / 2]), pairs);
+        const uint32_t column = shared_address(&turned[lane % 8][lane / 8 ^ lane % 8 / 2]);
+        if constexpr (SWIGLU) {
+            const uint32_t products[2] = {silu_mul(pairs[0], pairs[2]), silu_mul(pairs[1], pairs[3])};
+            store_matrices_turned(column, products);
+        } else {
+            store_matrices_turned(column, pairs);
+        }
         __syncwarp();
         uint4 word = turned[g][t ^ g / 2];
         if (within(block)) {
-            if (linear.residual != nullptr) {
+            if (!SWIGLU && linear.residual != nullptr) {
                 __half* y = reinterpret_cast<__half*>(&word);
                 const __half* r = reinterpret_cast<const __half*>(&residual);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) y[i] = add_residual(r[i], y[i]);
             }
-            *reinterpret_cast<uint4*>(linear.out + corner + static_cast<int64_t>(block * 8) * linear.N) = word;
+            const int64_t below = static_cast<int64_t>(block * 8) * (linear.N / PAIRED);
+            *reinterpret_cast<uint4*>(linear.out + corner + below) = word;
         }
         __syncwarp();
     }
@@ -402,8 +418,8 @@ w4a8_gemm(const int8_t* x8,        // (M, K)
           const uint8_t* zeros,    // (G, N)
           const __half* szero,     // (N,), null for groups
           const __half* bias,      // (N,) or null
-          const __half* residual,  // (M, N) or null; may be `out`
-          __half* out,             // (M, N)
+          const __half* residual,  // (M, N) or null; may be `out`; none with SWIGLU
+          __half* out,             // (M, N), with SWIGLU (M, N / 2)
           int32_t*,                // the workspace and the splits of gemm_mma.cu
           int M, int N, int K, int) {
     extern __shared__ __align__(1024) uint8_t memory[];

@@ -14,6 +14,7 @@
 
 #include "common/block.cuh"
 #include "common/overlap.cuh"
+#include "common/swiglu.cuh"
 #include "common/types.cuh"
 
 constexpr uint32_t kInfinity = 0x7c00;  // fp16; everything above is NaN
@@ -144,8 +145,6 @@ __device__ Row norm(__half* x, const __half* residual, const __half* weight, flo
     return row;
 }
 
-__device__ float silu_mul(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 quant_rows(const __half* x, int8_t* x8, float* sx, int32_t* sums, int k) {
     allow_successor();
@@ -186,8 +185,7 @@ silu_mul_quant(const __half* gate_up, int8_t* x8, float* sx, int32_t* sums, int 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             __half2& pair = row.vector[v].pair[i];
-            const float2 g = __half22float2(pair), u = __half22float2(up.vector[v].pair[i]);
-            pair = __floats2half2_rn(silu_mul(g.x, u.x), silu_mul(g.y, u.y));
+            pair = silu_mul(pair, up.vector[v].pair[i]);
         }
     }
     quantize(row, k / 8, x8, sx, sums);

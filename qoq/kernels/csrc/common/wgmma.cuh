@@ -57,11 +57,17 @@ PRODUCT(128, TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") "%60,%61,%62,%
 #undef SIXTEEN
 #undef PRODUCT
 
-// Four 8 x 8 matrices of 16-bit numbers, in fragments of pairs (row lane / 4, columns 2 * (lane % 4) and + 1), stored
-// transposed: lane l names the 16 bytes that column l % 8 of matrix l / 8 fills.
+// Four 8 x 8 matrices of 16-bit numbers, or two, in fragments of pairs (row lane / 4, columns 2 * (lane % 4) and + 1),
+// stored transposed: lane l names the 16 bytes that column l % 8 of matrix l / 8 fills, if there is one.
 __device__ __forceinline__ void store_matrices_turned(uint32_t column_address, const uint32_t (&m)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column_address),
                  "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_matrices_turned(uint32_t column_address, const uint32_t (&m)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(column_address), "r"(m[0]),
+                 "r"(m[1])
                  : "memory");
 }
 
