@@ -55,7 +55,7 @@ def serve(
     check_device(device)
     import uvicorn
 
-    from qoq.runtime.engine import LLMEngine
+    from qoq.runtime.engine import LLMEngine, spare_the_collector
     from qoq.runtime.server import create_app
 
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
@@ -73,6 +73,7 @@ def serve(
             max_num_batched_tokens,
             gpu_memory_utilization,
         )
+        spare_the_collector()
         app = create_app(engine, served_model_name or Path(checkpoint).resolve().name, max_queue, api_key)
         # h11, because it bounds headers
         config = uvicorn.Config(

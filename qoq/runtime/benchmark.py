@@ -22,7 +22,7 @@ from qoq.models.architecture import ModelSpec
 from qoq.paged import PAGE
 from qoq.roofline import Dimensions
 from qoq.runtime.cache import page_bytes
-from qoq.runtime.engine import LLMEngine, RequestOutput
+from qoq.runtime.engine import LLMEngine, RequestOutput, spare_the_collector
 from qoq.runtime.executor import Executor
 from qoq.runtime.graphs import GraphExecutor
 from qoq.runtime.sampler import SamplingParams
@@ -90,13 +90,16 @@ def load(
     if length > longest:
         raise QoqError(f"input_len {input_len} and output_len {output_len}: {length} tokens, the model takes {longest}")
     try:
-        return LLMEngine.from_checkpoint(checkpoint, device, max_model_len=length, max_num_seqs=batch_size, **options)
+        engine = LLMEngine.from_checkpoint(checkpoint, device, max_model_len=length, max_num_seqs=batch_size, **options)
     except torch.OutOfMemoryError as error:
         raise QoqError(f"{checkpoint.folder}: out of GPU memory ({str(error).split('. ')[0]})") from None
+    spare_the_collector()
+    return engine
 
 
 def release() -> None:
     """Give back the GPU memory of engines that nobody holds any more."""
+    gc.unfreeze()
     gc.collect()  # objects that hold each other are not gone before
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
