@@ -55,7 +55,8 @@ def serve(
     check_device(device)
     import uvicorn
 
-    from qoq.runtime.engine import LLMEngine, spare_the_collector
+    from qoq.runtime.engine import LLMEngine
+    from qoq.runtime.loading import spare_the_collector
     from qoq.runtime.server import create_app
 
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:

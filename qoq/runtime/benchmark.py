@@ -22,9 +22,10 @@ from qoq.models.architecture import ModelSpec
 from qoq.paged import PAGE
 from qoq.roofline import Dimensions
 from qoq.runtime.cache import page_bytes
-from qoq.runtime.engine import LLMEngine, RequestOutput, spare_the_collector
+from qoq.runtime.engine import LLMEngine, RequestOutput
 from qoq.runtime.executor import Executor
 from qoq.runtime.graphs import GraphExecutor
+from qoq.runtime.loading import spare_the_collector
 from qoq.runtime.sampler import SamplingParams
 
 

@@ -1,7 +1,5 @@
 """Text from a checkpoint: requests come and go, and every step brings each running one a token."""
 
-import dataclasses
-import gc
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from qoq.runtime.batch import Batches, to_device
 from qoq.runtime.cache import layout_of, page_bytes
 from qoq.runtime.executor import Executor
 from qoq.runtime.graphs import GraphExecutor
+from qoq.runtime.loading import check_range, device_of, eos_token_ids, free_bytes
 from qoq.runtime.pages import Pages
 from qoq.runtime.sampler import Choice, Draws, SamplingParams, Wanted, wanted
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
@@ -154,20 +153,20 @@ class LLMEngine:
             CheckpointError, ModelError: the folder or its tokenizer cannot be read.
             QoqError: an option out of range, or memory for less than one request.
         """
-        where = _device(device)
-        _check_range("max_num_seqs", max_num_seqs, 1, MAX_BATCH)
-        _check_range("max_num_batched_tokens", max_num_batched_tokens, 1, 1 << 20)
-        _check_range("gpu_memory_utilization", gpu_memory_utilization, 0, 1)
+        where = device_of(device)
+        check_range("max_num_seqs", max_num_seqs, 1, MAX_BATCH)
+        check_range("max_num_batched_tokens", max_num_batched_tokens, 1, 1 << 20)
+        check_range("gpu_memory_utilization", gpu_memory_utilization, 0, 1)
         checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
         tokenizer, longest = checkpoint.tokenizer(), checkpoint.config.max_position_embeddings
         wanted = longest if max_model_len is None else max_model_len
-        _check_range("max_model_len", wanted, 2, longest)
+        check_range("max_model_len", wanted, 2, longest)
         layout = layout_of(checkpoint.spec, kv_bits)
         executor = Executor(checkpoint, where, wanted, max_num_seqs, kv_bits, precision)
         if memory_bytes is None:
             memory_bytes = CPU_CACHE_BYTES
             if where.type == "cuda":
-                memory_bytes = _free_bytes(executor, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization)
+                memory_bytes = free_bytes(executor, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization)
         count = min(memory_bytes // page_bytes(checkpoint.spec, layout), max_num_seqs * executor.max_pages)
         room = count * PAGE
         if room < (max_model_len or PAGE):
@@ -285,12 +284,13 @@ class LLMEngine:
         if by_token:
             request.prompt_length = 0
         parts = []
-        for start in range(0, len(token_ids), size):
-            chunk = Chunk(request, start, min(size, len(token_ids) - start), False)
-            hidden = self.executor.hidden(self._batches.of([chunk]))
-            rows = hidden.split(LOGPROB_ROWS)
-            parts += [self.executor.logits(part) for part in rows]
-        pages.release(request.pages)
+        try:
+            for start in range(0, len(token_ids), size):
+                chunk = Chunk(request, start, min(size, len(token_ids) - start), False)
+                hidden = self.executor.hidden(self._batches.of([chunk]))
+                parts += [self.executor.logits(rows) for rows in hidden.split(LOGPROB_ROWS)]
+        finally:
+            pages.release(request.pages)
         return torch.cat(parts)
 
     def _launch(self) -> _Flight | None:
@@ -379,76 +379,3 @@ class LLMEngine:
         for request_id in ids:
             self.abort_request(request_id)
         self._aborted = [output for output in self._aborted if output.request_id not in ids]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise QoqError(f"device {name!r}, expected cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise QoqError(f"device {name!r}, expected cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise QoqError(f"device {name!r}: no CUDA device is available")
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise QoqError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device)  # kernels and graphs run on the current device's stream
-    return device
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise QoqError(f"{name} is {value}, expected {low} to {high}")
-
-
-def _free_bytes(executor: Executor, max_requests: int, max_tokens: int, utilization: float) -> int:
-    """What a GPU has left for the cache beside the weights and the largest step, which is run to see what it takes.
-
-    That step is the end of several sequences of the greatest length, all of whose pages are one.
-    """
-    device = executor.device
-    executor.allocate(1)
-    batches = Batches(max_requests, executor.max_pages, device)
-    context = executor.max_pages * PAGE
-    sequences = min(-(-batches.gathered // context), max_requests, max_tokens)
-    chunks = []
-    for number in range(sequences):
-        count = 1 if number else max(1, min(max_tokens - sequences + 1, context))
-        request = Request(str(number), [0] * context, context + 1, pages=[0] * executor.max_pages)
-        chunks.append(Chunk(request, context - count, count, True))
-    batch = dataclasses.replace(batches.of(chunks), slots=torch.full_like(batches.of(chunks).slots, -1))
-    torch.cuda.reset_peak_memory_stats(device)
-    hidden = executor.hidden(batch)
-    logits = executor.logits(hidden[torch.arange(max_requests, device=device) % len(hidden)])
-    draws = Draws([SamplingParams(logprobs=1)] * max_requests, [0] * max_requests, device)
-    Choice(logits, draws, torch.zeros(max_requests, dtype=torch.int64, device=device)).read()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    del hidden, logits
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    elsewhere = total - free - torch.cuda.memory_reserved(device)  # the driver's, and other processes'
-    return int(total * utilization) - elsewhere - peak
-
-
-def spare_the_collector() -> None:
-    """Let Python's garbage collector pass over all objects there are by now, for a process that has loaded its engine.
-
-    Going through those of torch and transformers stops the steps for 0.15 s and more, every now and then.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def eos_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
-    """From generation_config.json, else the config, else the tokenizer."""
-    from transformers import GenerationConfig
-
-    try:
-        eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
-    except OSError:
-        eos = getattr(checkpoint.config, "eos_token_id", None)
-    eos = tokenizer.eos_token_id if eos is None else eos
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]

@@ -101,9 +101,12 @@ class Wanted:
     chosen: Tensor  # (R,) float32, of the row's own token
     values: Tensor  # (R, n) float32, likeliest first
     ids: Tensor  # (R, n) int64
+    done: torch.cuda.Event | None  # when they have arrived
 
     def read(self, tokens: Sequence[int]) -> list[dict[int, float]]:
-        """Of each row, the likeliest tokens and its own."""
+        """Wait; of each row, the likeliest tokens and its own."""
+        if self.done is not None:
+            self.done.synchronize()
         columns = self.counts, self.chosen.tolist(), self.values.tolist(), self.ids.tolist()
         return [
             dict(zip(ids[:count], values[:count], strict=True)) | {token: own}
@@ -149,7 +152,8 @@ def wanted(logits: Tensor, tokens: Tensor, rows: list[int], counts: list[int]) -
     told = logits.float().log_softmax(dim=1)
     best = told.topk(min(max(counts), told.shape[1]), dim=1)
     chosen = told.gather(1, tokens[:, None])[:, 0]
-    return Wanted(rows, counts, to_host(chosen), to_host(best.values), to_host(best.indices))
+    found = to_host(chosen), to_host(best.values), to_host(best.indices)
+    return Wanted(rows, counts, *found, event(logits.device))
 
 
 def to_host(x: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""What an engine needs to know before it runs: its device, the memory for its cache, the tokens that end an answer."""
+
+import atexit
+import dataclasses
+import gc
+from typing import Any
+
+import torch
+
+from qoq.checkpoint import Checkpoint
+from qoq.errors import QoqError
+from qoq.paged import PAGE
+from qoq.runtime.batch import Batches
+from qoq.runtime.executor import Executor
+from qoq.runtime.sampler import Choice, Draws, SamplingParams
+from qoq.runtime.scheduler import Chunk, Request
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name, which becomes the current one.
+
+    Raises:
+        QoqError: there is no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise QoqError(f"device {name!r}, expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise QoqError(f"device {name!r}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise QoqError(f"device {name!r}: no CUDA device is available")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise QoqError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)  # kernels and graphs run on the current device's stream
+    return device
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises QoqError: the value is outside."""
+    if not low <= value <= high:
+        raise QoqError(f"{name} is {value}, expected {low} to {high}")
+
+
+def free_bytes(executor: Executor, max_requests: int, max_tokens: int, utilization: float) -> int:
+    """What a GPU has left for the cache beside the weights and the largest step, which is run to see what it takes.
+
+    That step is the end of several sequences of the greatest length, all of whose pages are one.
+    """
+    device = executor.device
+    executor.allocate(1)
+    batches = Batches(max_requests, executor.max_pages, device)
+    context = executor.max_pages * PAGE
+    sequences = min(-(-batches.gathered // context), max_requests, max_tokens)
+    chunks = []
+    for number in range(sequences):
+        count = 1 if number else max(1, min(max_tokens - sequences + 1, context))
+        request = Request(str(number), [0] * context, context + 1, pages=[0] * executor.max_pages)
+        chunks.append(Chunk(request, context - count, count, True))
+    batch = batches.of(chunks)
+    batch = dataclasses.replace(batch, slots=torch.full_like(batch.slots, -1))
+    torch.cuda.reset_peak_memory_stats(device)
+    hidden = executor.hidden(batch)
+    logits = executor.logits(hidden[torch.arange(max_requests, device=device) % len(hidden)])
+    draws = Draws([SamplingParams(logprobs=1)] * max_requests, [0] * max_requests, device)
+    Choice(logits, draws, torch.zeros(max_requests, dtype=torch.int64, device=device)).read()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    del hidden, logits
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    elsewhere = total - free - torch.cuda.memory_reserved(device)  # the driver's, and other processes'
+    return int(total * utilization) - elsewhere - peak
+
+
+def spare_the_collector() -> None:
+    """Let Python's garbage collector pass over all objects there are by now, for a process that has loaded its engine.
+
+    Going through those of torch and transformers stops the steps for 0.15 s and more, every now and then.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries that count what is left at the end complain of leaks
+
+
+def eos_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    """From generation_config.json, else the config, else the tokenizer."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
+    except OSError:
+        eos = getattr(checkpoint.config, "eos_token_id", None)
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return [] if eos is None else eos if isinstance(eos, list) else [eos]
