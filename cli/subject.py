@@ -50,7 +50,7 @@ class Subject:
         return self.folder.tokenizer()
 
     def load(self, backend: str, device: str) -> "Model":
-        """The model, ready to run through one of `evaluate.BACKENDS`."""
+        """The model, ready to run through one of the backends of `qoq eval`."""
         from qoq import evaluate
 
         if backend == "original":

@@ -21,8 +21,6 @@ from qoq.runtime.model import KVCache, greedy, load
 from qoq.runtime.sampler import SamplingParams
 from qoq.text import documents
 
-BACKENDS = ("original", "simulate", "runtime", "prefill", "decode")
-
 
 class Model(Protocol):
     """What can be evaluated."""
