@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from qoq.calibration.blocks import SEARCH_TOKENS, TOKENS_AT_ONCE
 from qoq.calibration.insight import POSITIONS_AT_ONCE
 from qoq.calibration.insight import TOKENS as DRIFT_TOKENS
@@ -21,7 +23,8 @@ from qoq.models.architecture import FUSED, LINEARS, ModelSpec
 from qoq.recipe import Recipe
 
 MARGIN = 0.15  # the error bar of every figure here
-BASE = {"cpu": 520_000_000, "cuda": 2_000_000_000}  # bytes of a process that has imported everything, a context with it
+# Bytes of a process that has imported everything, on a GPU with its context; torch for CUDA brings larger libraries.
+BASE = {"cpu": 520_000_000 if torch.version.cuda is None else 800_000_000, "cuda": 2_000_000_000}
 WORKSPACE = 70_000_000  # of cuBLAS and cuSOLVER, on the GPU
 PER_TOKEN_OF_VOCABULARY = 1000  # bytes of a tokenizer
 GB = 1e9

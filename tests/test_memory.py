@@ -178,6 +178,7 @@ finally:
 def test_a_run_stays_below_its_budget(llama, settings_file, tmp_path):
     command = ["quantize", "--model", llama, "--recipe", settings_file, "--output", tmp_path / "out"]
     words = [sys.executable, "-c", RESIDENT, *map(str, command), "--cpu-memory"]
-    ended = subprocess.run([*words, "650MiB"], cwd=TESTS.parent, capture_output=True, text=True)
+    mib = 650 if torch.version.cuda is None else 950
+    ended = subprocess.run([*words, f"{mib}MiB"], cwd=TESTS.parent, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stderr.splitlines()[-1]) * 1024 < 650 * 2**20
+    assert int(ended.stderr.splitlines()[-1]) * 1024 < mib * 2**20

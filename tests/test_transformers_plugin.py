@@ -251,7 +251,10 @@ def test_tensor_parallel_plans_are_refused(checkpoint_folder):
 
 
 def test_quantized_caches_are_refused(loaded):
-    cache = QuantizedCache("fp8", loaded().config)
+    try:
+        cache = QuantizedCache("fp8", loaded().config)
+    except ValueError:
+        pytest.skip("this transformers has no quantized cache that needs no other package")
     with pytest.raises(ModelError, match="the cache of a qoq model is in four bits already"):
         loaded()(some_ids(4), past_key_values=cache)
 
