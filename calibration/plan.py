@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qoq import layout, roofline
+from qoq import layout, paged, roofline
 from qoq.calibration import memory
 from qoq.calibration.blocks import SEARCH_TOKENS
 from qoq.calibration.pipeline import target_spec
@@ -24,7 +24,6 @@ from qoq.models import source
 from qoq.models.architecture import FUSED, ModelSpec, model_spec
 from qoq.recipe import Recipe
 
-KV_BITS = (4, 8, 16)
 CARDS = ("rtx-4090", "l40s", "a100", "h100", "h200")
 CONTEXTS = (2048, 8192, 32768)  # tokens of a sequence
 GB = 1e9
@@ -145,7 +144,7 @@ def plan(
     job = memory.Job(original, spec, settings, device, source_itemsize, ranks)
     placement = memory.choose(job, budgets)
     model = dimensions(spec)
-    kv_bytes = {bits: roofline.kv_bytes(model, bits) for bits in KV_BITS}
+    kv_bytes = {bits: roofline.kv_bytes(model, bits) for bits in paged.BITS}
     output = layout.size_in_bytes(spec, settings.group_size, settings.kv_cache, job.left)
     parameters = source_parameters(original)
     calibration = settings.calibration

@@ -1,7 +1,10 @@
 """qoq serve: an OpenAI-compatible server."""
 
+from typing import Any
+
 import click
 
+from qoq.cli.engine import engine_options
 from qoq.cli.output import check_device, note, set_up_logging
 
 GRACE_SECONDS = 10  # that running requests get to end when the server is told to
@@ -17,12 +20,8 @@ GRACE_SECONDS = 10  # that running requests get to end when the server is told t
     "--max-queue", type=click.IntRange(min=0), default=1024, show_default=True, help="Requests that may wait."
 )
 @click.option("--max-num-seqs", type=click.IntRange(min=1), default=256, show_default=True, help="Running at a time.")
-@click.option(
-    "--max-num-batched-tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Of a step."
-)
 @click.option("--max-model-len", type=click.IntRange(min=2), help="Tokens of a request.  [default: the model's limit]")
-@click.option("--kv-bits", type=click.Choice(["4", "8", "16"]), default="4", show_default=True, help="Of the KV cache.")
-@click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True)
+@engine_options()
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option("-v", "--verbose", is_flag=True, help="Log requests on stderr.")
 def serve(
@@ -33,10 +32,8 @@ def serve(
     served_model_name: str | None,
     max_queue: int,
     max_num_seqs: int,
-    max_num_batched_tokens: int,
     max_model_len: int | None,
-    kv_bits: str,
-    gpu_memory_utilization: float,
+    engine: dict[str, Any],
     device: str,
     verbose: bool,
 ) -> None:
@@ -65,17 +62,11 @@ def serve(
             listener.bind((host, port))  # before the long work; nobody can connect until the server runs
         except OSError as error:
             raise QoqError(f"{host}:{port}: {error.strerror or error}, expected an address that is free") from None
-        engine = LLMEngine.from_checkpoint(
-            checkpoint,
-            device,
-            int(kv_bits),
-            max_model_len,
-            max_num_seqs,
-            max_num_batched_tokens,
-            gpu_memory_utilization,
+        loaded = LLMEngine.from_checkpoint(
+            checkpoint, device, max_model_len=max_model_len, max_num_seqs=max_num_seqs, **engine
         )
         spare_the_collector()
-        app = create_app(engine, served_model_name or Path(checkpoint).resolve().name, max_queue, api_key)
+        app = create_app(loaded, served_model_name or Path(checkpoint).resolve().name, max_queue, api_key)
         # h11, because it bounds headers
         config = uvicorn.Config(
             app, http="h11", ws="none", log_config=None, access_log=verbose, timeout_graceful_shutdown=GRACE_SECONDS

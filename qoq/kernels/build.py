@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qoq.errors import KernelError
+from qoq.errors import KernelError, first_line
 
 CSRC = Path(__file__).parent / "csrc"
 SUPPORTED = (8, 0)  # the lowest compute capability: cp.async and int8 mma.m16n8k32
@@ -117,7 +117,7 @@ def _nvrtc_version() -> str:
 
         _, major, minor = nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # the bindings find libnvrtc on their first call
-        raise KernelError(f"the GPU kernels need cuda-core and NVRTC ({_first_line(error)}); {INSTALL}") from None
+        raise KernelError(f"the GPU kernels need cuda-core and NVRTC ({first_line(error)}); {INSTALL}") from None
     return f"{major}.{minor}"
 
 
@@ -126,7 +126,7 @@ def _compile(source: str, arch: str, defines: Defines) -> Cubin:
         import cuda.pathfinder
         from cuda.core import Program, ProgramOptions
     except ImportError as error:
-        raise KernelError(f"the GPU kernels need cuda-core ({_first_line(error)}); {INSTALL}") from None
+        raise KernelError(f"the GPU kernels need cuda-core ({first_line(error)}); {INSTALL}") from None
 
     headers = cuda.pathfinder.find_nvidia_header_directory("cudart")
     if headers is None:
@@ -143,16 +143,12 @@ def _compile(source: str, arch: str, defines: Defines) -> Cubin:
     try:
         code = Program((CSRC / source).read_text(), "c++", options).compile("cubin", logs=log).code
     except Exception as error:  # NVRTCError, which carries the compiler's log; older releases name it otherwise
-        what = next((line for line in str(error).splitlines() if "error" in line), _first_line(error))
+        what = next((line for line in str(error).splitlines() if "error" in line), first_line(error))
         options_text = "".join(f" -D{name}={value}" for name, value in defines.items())
         message = f"{source}{options_text} does not compile for {arch} with NVRTC {_nvrtc_version()}: {what}"
         raise KernelError(message) from error
     assert isinstance(code, bytes)
     return Cubin(code, log.getvalue().rstrip("\0\n"), time.perf_counter() - start)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 # The cache: one line of JSON (digest, log, seconds), then the cubin
@@ -299,7 +295,7 @@ class Module:
             if "NOT_FOUND" in str(error):  # no such kernel in the source: a bug, not the driver
                 raise
             raise KernelError(
-                f"{self._source}: the driver cannot load {name} for {self.architecture} ({_first_line(error)}); "
+                f"{self._source}: the driver cannot load {name} for {self.architecture} ({first_line(error)}); "
                 f"it is probably older than NVRTC {_nvrtc_version()}: update the driver"
             ) from error
         self._handles[name] = kernel.handle

@@ -304,8 +304,9 @@ class LLMEngine:
         batch = self._batches.of(chunks, sampled, unread)
         hidden = self.executor.hidden(batch)
         self.scheduler.complete(chunks)
-        prompts = self._prompt_logprobs(chunks, hidden)
-        states = [self._running[chunk.request.id] for chunk in chunks if chunk.samples]
+        owners = [self._running[chunk.request.id] for chunk in chunks]
+        prompts = self._prompt_logprobs(chunks, owners, hidden)
+        states = [state for chunk, state in zip(chunks, owners, strict=True) if chunk.samples]
         if not states:
             return _Flight([], None, prompts)
         if states != self._draws[0]:
@@ -316,11 +317,12 @@ class LLMEngine:
             state.request.pending += 1
         return _Flight(states, choice, prompts)
 
-    def _prompt_logprobs(self, chunks: Sequence[Chunk], hidden: torch.Tensor) -> list[tuple[_Running, int, Wanted]]:
+    def _prompt_logprobs(
+        self, chunks: Sequence[Chunk], owners: Sequence[_Running], hidden: torch.Tensor
+    ) -> list[tuple[_Running, int, Wanted]]:
         """Of the prompts' tokens behind those of the chunks, for requests that want them."""
         found, first = [], 0
-        for chunk in chunks:
-            state = self._running[chunk.request.id]
+        for chunk, state in zip(chunks, owners, strict=True):
             count = state.params.prompt_logprobs
             if count is not None:
                 end = min(chunk.start + chunk.count, len(state.prompt) - 1)
