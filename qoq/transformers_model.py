@@ -28,7 +28,7 @@ from qoq.models.architecture import LINEARS
 from qoq.models.decoder import KVTransform, apply_rope
 from qoq.paged import pack_codes, unpack_codes
 from qoq.quant import QuantizedKV, quantize_kv, silu_mul
-from qoq.runtime.linear import PackedLinear, UnpackedLinear
+from qoq.runtime.linear import PackedLinear, UnpackedLinear, w4a8_linear
 
 
 def convert(model: Any, checkpoint: Checkpoint) -> None:
@@ -88,8 +88,7 @@ class Linear(nn.Module):
     def prepare(self) -> PackedLinear | UnpackedLinear:
         """The weight as its device multiplies it. Raises CheckpointError for an illegal group."""
         tensors = {suffix: parameter.data for suffix, parameter in self.named_parameters()}
-        kind = UnpackedLinear if tensors["qweight"].device.type == "cpu" else PackedLinear
-        self.product = kind.of(tensors, self.name)
+        self.product = w4a8_linear(tensors, self.name)
         return self.product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":

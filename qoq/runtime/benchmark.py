@@ -23,8 +23,6 @@ from qoq.paged import PAGE
 from qoq.roofline import Dimensions
 from qoq.runtime.cache import page_bytes
 from qoq.runtime.engine import LLMEngine, RequestOutput
-from qoq.runtime.executor import Executor
-from qoq.runtime.graphs import GraphExecutor
 from qoq.runtime.loading import spare_the_collector
 from qoq.runtime.sampler import SamplingParams
 
@@ -115,20 +113,14 @@ def cache_room(engine: LLMEngine, utilization: float) -> int:
     """How many tokens it could hold: an engine takes no more pages than its requests can fill."""
     if engine.device.type == "cpu":
         return cache_tokens(engine)
-    executor = _executor(engine)
     free, total = torch.cuda.mem_get_info(engine.device)
     spare = max(int(total * utilization) - (total - free), 0)
-    return cache_tokens(engine) + spare // page_bytes(executor.spec, executor.cache.layout) * PAGE
+    return cache_tokens(engine) + spare // page_bytes(engine.plain.spec, engine.plain.cache.layout) * PAGE
 
 
 def kv_bits(engine: LLMEngine) -> int:
     """Of the KV cache."""
-    return _executor(engine).cache.layout.bits
-
-
-def _executor(engine: LLMEngine) -> Executor:
-    executor = engine.executor
-    return executor.executor if isinstance(executor, GraphExecutor) else executor
+    return engine.plain.cache.layout.bits
 
 
 def dimensions(spec: ModelSpec) -> Dimensions:

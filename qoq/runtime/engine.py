@@ -115,7 +115,7 @@ class LLMEngine:
         self.executor, self.scheduler, self.tokenizer = executor, scheduler, tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_model_len = max_model_len
-        plain = executor.executor if isinstance(executor, GraphExecutor) else executor
+        self.plain = plain = executor.executor if isinstance(executor, GraphExecutor) else executor  # without graphs
         self.device, self.vocab_size = plain.device, plain.spec.vocab_size
         self.ahead = ahead
         self._batches = Batches(scheduler.max_requests, plain.max_pages, plain.device)

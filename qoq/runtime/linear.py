@@ -118,7 +118,8 @@ class Precision:
     linear: Callable[[Mapping[str, Tensor], str], Linear]  # of a checkpoint's tensors by their suffix, and a name
 
 
-def _w4a8_linear(tensors: Mapping[str, Tensor], name: str) -> Linear:
+def w4a8_linear(tensors: Mapping[str, Tensor], name: str) -> PackedLinear | UnpackedLinear:
+    """As the tensors' device multiplies them; see `PackedLinear.of`."""
     kind = UnpackedLinear if tensors["qweight"].device.type == "cpu" else PackedLinear
     return kind.of(tensors, name)
 
@@ -129,7 +130,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 
 PRECISIONS: Mapping[str, Precision] = {
-    "w4a8": Precision(rmsnorm_quant, quant_rows, silu_mul_quant, _w4a8_linear),
+    "w4a8": Precision(rmsnorm_quant, quant_rows, silu_mul_quant, w4a8_linear),
     "fp16": Precision(rmsnorm, lambda x: x, _silu_mul, FloatLinear.of),
 }
 
