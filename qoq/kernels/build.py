@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ CSRC = Path(__file__).parent / "csrc"
 SUPPORTED = (8, 0)  # the lowest compute capability: cp.async and int8 mma.m16n8k32
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")  # what `check` compiles for
 INSTALL = "install them with: pip install 'qoq[gpu]'"
-PARAMETERS, PARAMETERS_SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER and _SIZE: what follows is that of all parameters
 PARAMETERS, PARAMETERS_SIZE = 1, 2  # the driver's marks before the address of all parameters and before their size
+TENSOR_MAP_BYTES = 128  # of the driver's CUtensorMap
 DEFAULT_SHARED_BYTES = 48 * 1024  # what a block may have without asking
 
 Defines = Mapping[str, int | str]
-Argument = Tensor | int | float | None
+Argument = Tensor | int | float | bytes | None
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,13 @@ def module(source: str, device: torch.device, defines: Mapping[str, int | str] =
     return found
 
 
+def _kind(argument: Argument) -> str:
+    """Of a parameter, as `struct` names it."""
+    if isinstance(argument, bytes):
+        return f"{len(argument)}s"
+    return "Q" if argument is None or isinstance(argument, Tensor) else "f" if isinstance(argument, float) else "i"
+
+
 class Module:
     """Loaded kernels of one source on one device."""
 
@@ -249,7 +257,8 @@ class Module:
     ) -> None:
         """Start the extern "C" kernel `name` on torch's current stream of this device; an empty grid does nothing.
 
-        A tensor becomes its data pointer, None a null pointer, an int (or bool) an int32, a float a float32.
+        A tensor becomes its data pointer, None a null pointer, an int (or bool) an int32, a float a float32, bytes a
+        struct of theirs.
         `shared_bytes` is dynamic shared memory. Nothing is allocated or synchronised, so graphs can capture it.
 
         Raises:
@@ -283,9 +292,15 @@ class Module:
         return None
 
     def _packer(self, name: str, args: Sequence[Argument]) -> struct.Struct:
-        """How a kernel's parameters lie in memory: as members of a C struct. Their kinds are always the same."""
-        kinds = ("P" if x is None or isinstance(x, Tensor) else "f" if isinstance(x, float) else "i" for x in args)
-        self._packers[name] = packer = struct.Struct("@" + "".join(kinds))
+        """How a kernel's parameters lie in memory, by what the compiler says of it. Their kinds are always the same."""
+        parts, end = ["="], 0
+        for index, argument in enumerate(args):
+            status, offset, size = self._driver.cuKernelGetParamInfo(self._handles[name], index)
+            kind = _kind(argument)
+            assert struct.calcsize(f"={kind}") == size, f"{name}: parameter {index} has {size} bytes ({status.name})"
+            parts += [f"{offset - end}x", kind]
+            end = offset + size
+        self._packers[name] = packer = struct.Struct("".join(parts))
         return packer
 
     def _kernel(self, name: str) -> Any:
@@ -321,3 +336,36 @@ class Module:
             config.attrs, config.numAttrs = [attribute], 1
         self._configs[grid, block, shared_bytes, stream] = config
         return config
+
+
+def tensor_map(matrix: Tensor, box: tuple[int, int]) -> bytes:
+    """TensorMap of csrc/common/barrier.cuh: a matrix of bytes (M, K), K % 16 == 0, copied in boxes of rows and columns.
+
+    The 16-byte chunks of a row of a box, at most eight, are swizzled; what lies beyond the matrix is zero.
+    """
+    return _tensor_map(matrix.data_ptr(), *matrix.shape, *box)
+
+
+@lru_cache(maxsize=4096)  # it takes as long as some launches
+def _tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> bytes:
+    from cuda.bindings import driver
+
+    size, count = driver.cuuint64_t, driver.cuuint32_t
+    status, found = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2,
+        address,
+        [size(columns), size(rows)],
+        [size(columns)],
+        [count(box_columns), count(box_rows)],
+        [count(1), count(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise KernelError(
+            f"no tensor map of {rows} x {columns} bytes in boxes of {box_rows} x {box_columns} ({status.name})"
+        )
+    return ctypes.string_at(found.getPtr(), TENSOR_MAP_BYTES)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qoq import packing, quant
 from qoq.kernels import tiling
-from qoq.kernels.build import Specialisation, architecture, module
+from qoq.kernels.build import Specialisation, architecture, module, tensor_map
 from qoq.kernels.library import expect, register
 from qoq.kernels.tiling import KERNELS, Card, Config
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedRows, QuantizedWeight
@@ -24,8 +24,8 @@ WGMMA_CODE = (
     r"IGMMA\.64x\d+x32\.U8\.S8",
     r"LDS\.128",
     r"UBLKCP",
+    r"UTMALDG\.2D",
     r"STSM\.16\.MT88\.4",
-    r"LDGSTS\.E\.BYPASS\.128",
     r"ACQBULK",  # griddepcontrol.wait
 )
 SPECIALISATIONS = (
@@ -311,11 +311,12 @@ def _gemm_cuda(
 ) -> None:
     (m, k), n, config = x8.shape, qweight.shape[0], Config(kernel, *tile)
     face = KERNELS[kernel]
+    x = tensor_map(x8, (config.tokens, tiling.STEP)) if face.tensor_map else x8
     module(face.source, x8.device, face.defines(config, group_size, swiglu)).launch(
         "w4a8_gemm",
         face.grid(config, group_size, card_of(x8.device), m, n),
         face.threads(config),
-        (x8, sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, workspace, m, n, k, config.splits),
+        (x, sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, workspace, m, n, k, config.splits),
         face.shared_bytes(config, group_size),
     )
 

@@ -85,6 +85,7 @@ class Kernel(ABC):
     fewest_stages: int
     most_stages: int
     most_splits: int
+    tensor_map = False  # whether the activations come as one
     swiglu = False  # whether it can end in silu(gate) * up
 
     @abstractmethod
@@ -198,7 +199,8 @@ class Wgmma(Kernel):
 
     source = "gemm_wgmma.cu"
     shapes = tuple((rows, tokens) for tokens in (8, 16, 32, 64, 96, 128) for rows in (128, 256))
-    fewest_stages, most_stages, most_splits = 3, 12, 8
+    fewest_stages, most_stages, most_splits = 2, 12, 8
+    tensor_map = True
     swiglu = True
     WARPGROUP = 128
     PART = 18  # multiprocessors, in one of which parts all blocks of a cluster must be; the last is smaller

@@ -2,11 +2,12 @@
 //
 // Compiled for one tile: ROWS weight rows (128 or 256) by TOKENS tokens (8, 16, 32, 64, 96 or 128), STAGES steps of K
 // in flight, SPLITS blocks of a cluster that share a tile along K, GROUP_SIZE 128, 64 or -1 (per channel). Same face
-// and same bits as gemm_mma.cu; but the blocks of a cluster meet in shared memory, and nothing is kept in `workspace`.
+// and same bits as gemm_mma.cu, but the activations come as a tensor map, the blocks of a cluster meet in shared memory,
+// and nothing is kept in `workspace`.
 //
 //     consumers: a warpgroup for 128 rows    read 16 bytes per lane, dequantize, multiply, scale, store
 //     producers: warp 0                      weights and their scales: bulk copies    }  a ring of STAGES steps with
-//                warps 1 and 2               activations: cp.async, swizzled          }  barriers `full` and `empty`
+//                warp 1                      activations: tensor copies               }  barriers `full` and `empty`
 //
 // Weights are the products' first operand, in registers; tokens the second, in shared memory. A warp's 16 bytes per
 // lane hold rows 0..15 of its 32-row strip in the low nibbles and rows 16..31 in the high ones: four strips give two
@@ -43,11 +44,7 @@ constexpr int BAND = 16;                // row tiles that run side by side
 
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = ROWS;         // threads
-constexpr int LOADERS = 64;             // of the activations
 constexpr int THREADS = CONSUMERS + WARPGROUP;
-constexpr int LAG = (STAGES + 1) / 3;   // steps between asking for activations and announcing them
-constexpr int BURST = 256 / TOKENS < STAGES ? 256 / TOKENS : STAGES;
-constexpr int FIRST = LAG + 1 > BURST ? LAG + 1 : BURST;  // steps of activations asked for before any is waited for
 constexpr int LEAD = STAGES / 2;        // steps that one warpgroup of consumers is ahead of the other
 constexpr int AHEAD = BLOCKS < 4 ? BLOCKS : 4;  // residuals on their way
 
@@ -57,7 +54,7 @@ constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 
 static_assert(ROWS == 128 || ROWS == 256, "one or two warpgroups of 128 rows");
 static_assert(SPLITS >= 1 && SPLITS <= 8, "a cluster has at most eight blocks");
-static_assert(STAGES >= 3, "a stage is announced before its successor in the ring is asked for");
+static_assert(STAGES >= 2, "one stage is read while another is written");
 
 struct Stage {
     uint8_t x[TOKENS][STEP];            // 16-byte chunk c of token t at c ^ t % 8
@@ -81,7 +78,7 @@ constexpr bool FEW_REGISTERS = ROWS == 128 && TOKENS <= (SPLITS > 1 ? 64 : 32);
 constexpr int RESIDENT = FEW_REGISTERS && 2 * (sizeof(Shared) + 1024) <= 228 * 1024 ? 2 : 1;
 
 struct Linear {
-    const int8_t* x8;
+    const TensorMap* x8;
     const float* sx;
     const int32_t* sums;
     const uint8_t* qweight;
@@ -164,53 +161,18 @@ __device__ __forceinline__ void load_weights(const Linear& linear, const Work& w
     }
 }
 
-// Announce the oldest of the steps asked for as soon as at most PENDING others are on their way, then the next one, and
-// so on until at most LAST are.
-template <int PENDING, int LAST, typename Announce>
-__device__ __forceinline__ void announce_each(const Announce& announce) {
-    wait_copies<PENDING>();
-    announce();
-    if constexpr (PENDING > LAST) announce_each<PENDING - 1, LAST>(announce);
-}
-
-// Eight threads for the 128 bytes of a token, eight tokens at a time; zeros beyond M and K. wgmma must not see a stage
-// before the copies of all threads are there and each thread has fenced its own: that is announced LAG steps later,
-// at the beginning not before FIRST steps are asked for.
-__device__ __forceinline__ void load_activations(const Linear& linear, const Work& work, Shared& shared, int loader) {
+// One thread. Zeros come from beyond M and K.
+__device__ __forceinline__ void load_activations(const Linear& linear, const Work& work, Shared& shared) {
+    prefetch_map(linear.x8);
     wait_for_predecessor();
-    const int token = loader / 8, chunk = loader % 8;
-    Place at(shared), ready(shared);
-    int asked = 0, announced = 0;
-    const auto announce = [&] {
-        if (announced == asked) return;
-        ++announced;
-        fence_async_proxy();
-        __syncwarp();
-        if (loader % 32 == 0) arrive(ready.full());
-        ready.advance();
-    };
+    Place at(shared);
     for (int index = work.first; index < work.tiles; index += work.stride) {
-        const int first = tile_at(index, linear).token + token;
-        const int8_t* row = linear.x8 + static_cast<int64_t>(first) * linear.K + chunk * 16;
+        const int token = tile_at(index, linear).token;
         for (int step = work.begin; step < work.end; ++step, at.advance()) {
-            const bool inside = step * STEP + chunk * 16 < linear.K;
             wait(at.empty(), at.parity ^ 1);
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) {
-                copy16_async(&shared.ring[at.stage].x[block * 8 + token][(chunk ^ token) * 16],
-                             row + step * STEP + static_cast<int64_t>(block * 8) * linear.K,
-                             inside && first + block * 8 < linear.M);
-            }
-            commit_copies();
-            if (++asked == FIRST) announce_each<FIRST - 1, LAG>(announce);
-            if (asked > FIRST) announce_each<LAG, LAG>(announce);
+            arrive_expecting(at.full(), TOKENS * STEP);
+            tensor_copy(shared_address(shared.ring[at.stage].x), linear.x8, step * STEP, token, at.full());
         }
-    }
-    if (asked >= FIRST) {
-        announce_each<LAG - 1, 0>(announce);
-    } else {
-        for (int i = asked; i < FIRST; ++i) commit_copies();  // of nothing
-        announce_each<FIRST - 1, 0>(announce);
     }
 }
 
@@ -294,6 +256,115 @@ struct Output {
     }
 };
 
+// A thread's sums of a tile: as products leave them, of rows 0..15 and 16..31 of its strip.
+struct Sums {
+    int32_t low[TOKENS / 2] = {}, high[TOKENS / 2] = {};
+
+    // Of eight tokens, as Output::store takes them.
+    __device__ __forceinline__ void of_block(int block, int32_t (&acc)[8]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[i] = low[4 * block + i], acc[4 + i] = high[4 * block + i];
+    }
+};
+
+// The block's steps of a tile. `until_lead` counts them down to the one at which the other warpgroup may begin.
+__device__ __forceinline__ void multiply_steps(Sums& sums, const Work& work, const Shared& shared, Place& at,
+                                               int& until_lead, int strip, int lane) {
+    __builtin_assume(work.begin < work.end);  // tiling.problem: no more splits than steps
+    uint32_t a_low[2][4], a_high[2][4];
+    RowScales rows;
+    uint32_t previous = 0;
+    for (int step = work.begin; step < work.end; ++step, at.advance()) {
+        if (until_lead-- == 0) arrive_at_barrier(3, CONSUMERS);
+        const Stage& stage = shared.ring[at.stage];
+        const uint64_t x = swizzled_rows(shared_address(stage.x));
+        wait(at.full(), at.parity);
+        uint4 next = stage.weights[strip][0][lane];
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            uint32_t(&a)[4] = a_low[chunk % 2], (&b)[4] = a_high[chunk % 2];
+            const uint4 packed = next;
+            if (chunk + 1 < CHUNKS) next = stage.weights[strip][chunk + 1][lane];
+            if constexpr (GROUPED) {
+                if (chunk % GROUP_CHUNKS == 0) {
+                    const auto& levels = shared.levels[at.stage][chunk / GROUP_CHUNKS];
+                    const int column = strip * STRIP + lane / 4 * 4;
+                    rows = unpack_scales(*reinterpret_cast<const uint32_t*>(&levels[0][column]),
+                                         *reinterpret_cast<const uint32_t*>(&levels[1][column]));
+                }
+            }
+            wait_products<1>();  // those before the last have left a and b, and the stage before
+            if (chunk == 1 && step > work.begin && lane == 0) arrive(previous);
+            if constexpr (GROUPED) {
+                dequantize_low(a, packed, rows);
+                dequantize_high(b, packed, rows);
+            } else {
+                codes_low(a, packed);
+                codes_high(b, packed);
+            }
+            fence_registers(a, b);
+            multiply(sums.low, a, x + 2 * chunk);
+            multiply(sums.high, b, x + 2 * chunk);
+            commit_products();
+        }
+        previous = at.empty();
+    }
+    wait_products<0>();
+    if (lane == 0) arrive(previous);
+}
+
+// The tokens of a tile that exist, in eights.
+__device__ __forceinline__ int blocks_of(const Tile& tile, const Linear& linear) {
+    return min(BLOCKS, (linear.M - tile.token + 7) / 8);
+}
+
+__device__ __forceinline__ void store_tile(const Output& output, const Sums& sums, int blocks, int lane) {
+    uint4 residuals[AHEAD];
+#pragma unroll
+    for (int block = 0; block < AHEAD; ++block) residuals[block] = output.residual(block);
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+        if (block >= blocks) break;
+        int32_t acc[8];
+        sums.of_block(block, acc);
+        const uint4 residual = residuals[block % AHEAD];
+        if (block + AHEAD < BLOCKS) residuals[block % AHEAD] = output.residual(block + AHEAD);
+        output.store(block, acc, residual, lane);
+    }
+}
+
+// Each block of the cluster shows its sums, in the ring, and adds up and stores those of some tokens.
+__device__ __forceinline__ void meet_and_store(const Output& output, const Sums& sums, Shared& shared, int blocks,
+                                               int rank, int lane) {
+    int4* parts = reinterpret_cast<int4*>(shared.ring) + threadIdx.x;
+    named_barrier(3, CONSUMERS);  // all have read the last stage
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+        int32_t acc[8];
+        sums.of_block(block, acc);
+        parts[2 * block * CONSUMERS] = make_int4(acc[0], acc[1], acc[2], acc[3]);
+        parts[(2 * block + 1) * CONSUMERS] = make_int4(acc[4], acc[5], acc[6], acc[7]);
+    }
+    arrive_at_cluster();
+    wait_for_cluster();
+    for (int block = rank; block < blocks; block += SPLITS) {
+        const uint4 residual = output.residual(block);
+        const uint32_t place = shared_address(parts + 2 * block * CONSUMERS);
+        int32_t acc[8] = {};
+#pragma unroll TOKENS < 64 || SPLITS < 6 ? SPLITS : 4  // all at once would take more registers than two blocks have
+        for (int other = 0; other < SPLITS; ++other) {
+            const int4 a = load_from_cluster(place, other);
+            const int4 b = load_from_cluster(place + 16 * CONSUMERS, other);
+            acc[0] += a.x, acc[1] += a.y, acc[2] += a.z, acc[3] += a.w;
+            acc[4] += b.x, acc[5] += b.y, acc[6] += b.z, acc[7] += b.w;
+        }
+        output.store(block, acc, residual, lane);
+    }
+    // No block ends while another reads its sums: each warp has what it read, and `out` may come later.
+    arrive_at_cluster_unordered();
+    wait_for_cluster();
+}
+
 __device__ __forceinline__ void consume(const Linear& linear, const Work& work, Shared& shared, int rank) {
     const int thread = threadIdx.x, lane = thread % 32, strip = thread / 32;
     const int group = __shfl_sync(0xffffffff, thread / WARPGROUP, 0), member = thread % WARPGROUP;  // one for a warp
@@ -306,110 +377,34 @@ __device__ __forceinline__ void consume(const Linear& linear, const Work& work, 
     Place at(shared);
     for (int index = work.first; index < work.tiles; index += work.stride) {
         const Tile tile = tile_at(index, linear);
-        const Output output(linear, shared, tile, strip, lane);
-        const int own = min(tile.token + member, linear.M - 1);
+        const int own = min(tile.token + member, linear.M - 1), blocks = blocks_of(tile, linear);
         const float sx = linear.sx[own];
         const int32_t sum = linear.sums[own];
-
-        __builtin_assume(work.begin < work.end);  // tiling.problem: no more splits than steps
-        int32_t low[TOKENS / 2] = {}, high[TOKENS / 2] = {};
-        uint32_t a_low[2][4], a_high[2][4];
-        RowScales rows;
-        uint32_t previous = 0;
-        for (int step = work.begin; step < work.end; ++step, at.advance()) {
-            if (until_lead-- == 0) arrive_at_barrier(3, CONSUMERS);
-            const Stage& stage = shared.ring[at.stage];
-            const uint64_t x = swizzled_rows(shared_address(stage.x));
-            wait(at.full(), at.parity);
-            uint4 next = stage.weights[strip][0][lane];
-#pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                uint32_t(&a)[4] = a_low[chunk % 2], (&b)[4] = a_high[chunk % 2];
-                const uint4 packed = next;
-                if (chunk + 1 < CHUNKS) next = stage.weights[strip][chunk + 1][lane];
-                if constexpr (GROUPED) {
-                    if (chunk % GROUP_CHUNKS == 0) {
-                        const auto& levels = shared.levels[at.stage][chunk / GROUP_CHUNKS];
-                        const int column = strip * STRIP + lane / 4 * 4;
-                        rows = unpack_scales(*reinterpret_cast<const uint32_t*>(&levels[0][column]),
-                                             *reinterpret_cast<const uint32_t*>(&levels[1][column]));
-                    }
-                }
-                wait_products<1>();  // those before the last have left a and b, and the stage before
-                if (chunk == 1 && step > work.begin && lane == 0) arrive(previous);
-                if constexpr (GROUPED) {
-                    dequantize_low(a, packed, rows);
-                    dequantize_high(b, packed, rows);
-                } else {
-                    codes_low(a, packed);
-                    codes_high(b, packed);
-                }
-                fence_registers(a, b);
-                multiply(low, a, x + 2 * chunk);
-                multiply(high, b, x + 2 * chunk);
-                commit_products();
+        const auto share_scales = [&] {
+            named_barrier(1 + group, WARPGROUP);  // all have stored the tile before
+            if (member < TOKENS) {
+                shared.sx[group][member] = sx;
+                shared.sums[group][member] = sum;
             }
-            previous = at.empty();
-        }
-        wait_products<0>();
-        if (work.begin < work.end && lane == 0) arrive(previous);
-
-        named_barrier(1 + group, WARPGROUP);  // all have stored the tile before
-        if (member < TOKENS) {
-            shared.sx[group][member] = sx;
-            shared.sums[group][member] = sum;
-        }
-        named_barrier(1 + group, WARPGROUP);
-
+            named_barrier(1 + group, WARPGROUP);
+        };
+        Sums sums;
         if constexpr (SPLITS == 1) {
-            uint4 residuals[AHEAD];
-#pragma unroll
-            for (int block = 0; block < AHEAD; ++block) residuals[block] = output.residual(block);
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) {
-                if (tile.token + block * 8 >= linear.M) break;
-                int32_t acc[8];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) acc[i] = low[4 * block + i], acc[4 + i] = high[4 * block + i];
-                const uint4 residual = residuals[block % AHEAD];
-                if (block + AHEAD < BLOCKS) residuals[block % AHEAD] = output.residual(block + AHEAD);
-                output.store(block, acc, residual, lane);
-            }
+            const Output output(linear, shared, tile, strip, lane);  // what it reads comes while products run
+            multiply_steps(sums, work, shared, at, until_lead, strip, lane);
+            share_scales();
+            store_tile(output, sums, blocks, lane);
         } else {
-            // Each block of the cluster shows its sums and adds up those of some tokens.
-            int4* parts = reinterpret_cast<int4*>(shared.ring) + thread;
-            named_barrier(3, CONSUMERS);  // all have read the last stage
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) {
-                const int i = 4 * block;
-                parts[2 * block * CONSUMERS] = make_int4(low[i], low[i + 1], low[i + 2], low[i + 3]);
-                parts[(2 * block + 1) * CONSUMERS] = make_int4(high[i], high[i + 1], high[i + 2], high[i + 3]);
-            }
-            arrive_at_cluster();
-            wait_for_cluster();
-            const int blocks = min(BLOCKS, (linear.M - tile.token + 7) / 8);
-            for (int block = rank; block < blocks; block += SPLITS) {
-                const uint4 residual = output.residual(block);
-                const uint32_t place = shared_address(parts + 2 * block * CONSUMERS);
-                int32_t acc[8] = {};
-#pragma unroll
-                for (int other = 0; other < SPLITS; ++other) {
-                    const int4 a = load_from_cluster(place, other);
-                    const int4 b = load_from_cluster(place + 16 * CONSUMERS, other);
-                    acc[0] += a.x, acc[1] += a.y, acc[2] += a.z, acc[3] += a.w;
-                    acc[4] += b.x, acc[5] += b.y, acc[6] += b.z, acc[7] += b.w;
-                }
-                output.store(block, acc, residual, lane);
-            }
-            // No block ends while another reads its sums: each warp has what it read, and `out` may come later.
-            arrive_at_cluster_unordered();
-            wait_for_cluster();
+            share_scales();
+            multiply_steps(sums, work, shared, at, until_lead, strip, lane);
+            const Output output(linear, shared, tile, strip, lane);  // while the cluster meets
+            meet_and_store(output, sums, shared, blocks, rank, lane);
         }
     }
 }
 
 extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS, RESIDENT)
-w4a8_gemm(const int8_t* x8,        // (M, K)
+w4a8_gemm(const __grid_constant__ TensorMap x8,  // (M, K), in boxes of TOKENS by STEP, swizzled
           const float* sx,         // (M,)
           const int32_t* sums,     // (M,)
           const uint8_t* qweight,  // (N, K / 2), packed
@@ -424,7 +419,7 @@ w4a8_gemm(const int8_t* x8,        // (M, K)
           int M, int N, int K, int) {
     extern __shared__ __align__(1024) uint8_t memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Linear linear{x8, sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, M, N, K};
+    const Linear linear{&x8, sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, M, N, K};
     const int rank = SPLITS == 1 ? 0 : cluster_rank();
     const Work work(linear, rank);
     const int thread = threadIdx.x;
@@ -432,7 +427,7 @@ w4a8_gemm(const int8_t* x8,        // (M, K)
     allow_successor();
     if (thread == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            init_barrier(shared_address(&shared.full[stage]), 1 + LOADERS / 32);
+            init_barrier(shared_address(&shared.full[stage]), 2);
             init_barrier(shared_address(&shared.empty[stage]), CONSUMERS / 32);
         }
         fence_barrier_init();
@@ -441,12 +436,9 @@ w4a8_gemm(const int8_t* x8,        // (M, K)
 
     if (thread >= CONSUMERS) {
         if constexpr (SHIFT_REGISTERS) give_registers<PRODUCER_REGISTERS>();
-        const int producer = thread - CONSUMERS;
-        if (producer < 32) {
-            load_weights(linear, work, shared);
-        } else if (producer < 32 + LOADERS) {
-            load_activations(linear, work, shared, producer - 32);
-        }
+        const int warp = (thread - CONSUMERS) / 32;
+        if (warp == 0) load_weights(linear, work, shared);
+        if (warp == 1 && thread % 32 == 0) load_activations(linear, work, shared);
         if constexpr (SPLITS > 1) {  // as the consumers do
             __syncwarp();
             for (int i = 0; i < 2; ++i) {

@@ -67,6 +67,24 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, i
         : "memory");
 }
 
+// What the driver says of a matrix and of the boxes in which it is copied (cuTensorMapEncodeTiled).
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// The box that begins at (column, row), zeros where the matrix ends, to shared memory.
+__device__ __forceinline__ void tensor_copy(uint32_t shared, const TensorMap* map, int column, int row,
+                                            uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        ::"r"(shared), "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
 // Ordinary writes of this thread to shared memory, cp.async among them, become visible to wgmma and bulk copies of
 // those who learn of it by a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
