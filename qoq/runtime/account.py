@@ -1,7 +1,8 @@
 """Where the time of decode steps goes on a GPU: kernel by kernel, and how long none of them runs.
 
 Kernels are watched by CUPTI (`torch.profiler`), inside CUDA graphs too, which makes a step a little slower; so the
-times here are for shares, and those of `qoq.runtime.benchmark` for speed.
+times here are for shares, and those of `qoq.runtime.benchmark` for speed. A kernel may start while the one before it
+still runs, and then waits for it: its time counts from the end of all that ended before it.
 """
 
 import statistics
@@ -39,20 +40,24 @@ class Account:
     whole: float  # from the beginning of the first activity to the end of the last
     idle: float  # of that, when nothing ran
     gap: float  # the longest time of a step, typically, in which nothing ran: the host was late
-    kernels: Mapping[str, tuple[int, float]]  # name -> how often in all steps, and its time; the longest first
+    kernels: Mapping[str, tuple[int, float]]  # name -> how often in all steps, and its own time; the longest first
 
     @staticmethod
     def of(activities: Sequence[Activity], steps: int, context: float) -> "Account":
         """Activities in any order; they may overlap."""
         ordered = sorted(activities, key=lambda activity: activity.start)
         gaps, end = [], ordered[0].start
-        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
         for activity in ordered:
             if activity.start > end:
                 gaps.append(activity.start - end)
             end = max(end, activity.end)
-            sums[short_name(activity.name)][0] += 1
-            sums[short_name(activity.name)][1] += activity.end - activity.start
+        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+        before = ordered[0].start
+        for activity in sorted(activities, key=lambda activity: activity.end):
+            own = sums[short_name(activity.name)]
+            own[0] += 1
+            own[1] += activity.end - max(activity.start, before)
+            before = activity.end
         longest = sorted(gaps)[-steps:]
         kernels = {name: (int(count), time) for name, (count, time) in sums.items()}
         return Account(

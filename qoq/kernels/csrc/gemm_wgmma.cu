@@ -46,6 +46,7 @@ constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = ROWS;         // threads
 constexpr int THREADS = CONSUMERS + WARPGROUP;
 constexpr int LEAD = STAGES / 2;        // steps that one warpgroup of consumers is ahead of the other
+constexpr int AT_ONCE = TOKENS < 64 || SPLITS < 6 ? SPLITS : 4;  // sums read of other blocks; more leave no registers
 constexpr int AHEAD = BLOCKS < 4 ? BLOCKS : 4;  // residuals on their way
 
 // Three warpgroups start with 168 registers a thread; a tile of 128 int32 for each consumer needs more.
@@ -351,7 +352,7 @@ __device__ __forceinline__ void meet_and_store(const Output& output, const Sums&
         const uint4 residual = output.residual(block);
         const uint32_t place = shared_address(parts + 2 * block * CONSUMERS);
         int32_t acc[8] = {};
-#pragma unroll TOKENS < 64 || SPLITS < 6 ? SPLITS : 4  // all at once would take more registers than two blocks have
+#pragma unroll AT_ONCE
         for (int other = 0; other < SPLITS; ++other) {
             const int4 a = load_from_cluster(place, other);
             const int4 b = load_from_cluster(place + 16 * CONSUMERS, other);
