@@ -309,7 +309,7 @@ def test_one_workspace_serves_many_calls_and_every_output_is_written(device):
         q = queries(lengths, 2 * group, layout, device)
         expected = kv4_decode(q, cache, layout, block_tables, lens, 0.1)
         for rows in (slice(0, 5), slice(3, 5), slice(0, 1)):
-            parts = q[rows], cache, 4, block_tables[rows], lens[rows].clone(), 0.1, 0, None
+            parts = q[rows], cache, 4, block_tables[rows], lens[rows].clone(), 0.1, 0, None, False
             out = torch.full_like(q[rows], torch.nan)
             attention._decode(*parts, workspace.partials, workspace.counters, out)
             assert torch.equal(out, expected[rows])
@@ -351,6 +351,34 @@ def test_a_captured_graph_follows_lengths_and_tables(device):
         q = rope_kv4_append(qkv, (cos, sin), positions, slots, cache, layout, kv, RATIOS)
         expected = paged.attention(q, cache, layout, block_tables, lens, 0.1, None, kv.v_offset)
         assert off(from_graph, expected) <= 2e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("layout", [Layout(128), Layout(96), Layout(256, 8), Layout(64, 16)], ids=str)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_settled_tokens_are_read_while_the_last_ones_are_appended(device, layout):
+    """Whose places hold NaN until then."""
+    lengths = (1, 2, 16, 17, 40, 64, 65, 129, 300, 511, 512, 513, 1500, 2049, 5000)
+    cache, block_tables, lens = random_cache(layout, HKV, lengths, device)
+    qkv = normal(0, len(lengths), (HQ + 2 * HKV) * layout.head_dim).half().to(device)
+    cos, sin = to(device, *tables(layout.head_dim, max(lengths)))
+    positions = lens.long() - 1
+    pages = block_tables.gather(1, (positions // PAGE)[:, None])[:, 0].long()
+    slots, kv = pages * PAGE + positions % PAGE, transforms(layout.head_dim)[2].to(device)
+
+    def step(settled: bool) -> Tensor:
+        for side in paged.sides(cache, layout):
+            side.codes[pages, :, positions % PAGE] = 0xFF
+            if side.grids is not None:
+                side.grids[pages, :, positions % PAGE] = torch.nan
+        torch.cuda.synchronize()
+        q = rope_kv4_append(qkv, (cos, sin), positions, slots, cache, layout, kv, RATIOS)
+        return kv4_decode(q, cache, layout, block_tables, lens, 0.1, None, kv.v_offset, workspace, settled)
+
+    workspace = Workspace.of(len(lengths), HQ, HKV, layout.head_dim, block_tables.shape[1], device)
+    expected = step(False)
+    assert expected.isfinite().all()
+    for _ in range(5):
+        assert torch.equal(step(True), expected)
 
 
 # What is compiled, and what is refused

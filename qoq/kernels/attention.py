@@ -278,6 +278,7 @@ def kv4_decode(
     window: int | None = None,
     v_offset: Tensor | None = None,
     workspace: Workspace | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """Attention of one query token for each sequence -> (B, Hq, D) float16: `paged.attention`, rounded.
 
@@ -285,6 +286,9 @@ def kv4_decode(
     at most 64 * max_pages, both read when the kernel runs; scale > 0. Of a table only the pages that the context needs
     are read. A sequence's result does not depend on the others. `workspace` is made anew where none is given, which
     costs a fill.
+
+    `settled` promises that what the kernel launched just before writes are queries and the last token of each context,
+    and that tables, lengths and all other tokens were there before it: then they are read while it still runs.
 
     Raises:
         ValueError: an argument of a wrong shape, type or device.
@@ -310,7 +314,8 @@ def kv4_decode(
         workspace = Workspace.of(*sizes, q.device)
     workspace.check(*sizes)
     partials, counters = workspace.partials, workspace.counters
-    _decode(q, cache, layout.bits, block_tables, context_lens, scale, window or 0, v_offset, partials, counters, out)
+    where = block_tables, context_lens
+    _decode(q, cache, layout.bits, *where, scale, window or 0, v_offset, settled, partials, counters, out)
     return out
 
 
@@ -328,6 +333,7 @@ def _decode_cuda(
     scale: float,
     window: int,
     v_offset: Tensor | None,
+    settled: bool,
     partials: Tensor,
     counters: Tensor,
     out: Tensor,
@@ -339,7 +345,7 @@ def _decode_cuda(
     items = batch * kv_heads * -(-group // COLUMNS) * splits
     grid = min(items, tile.blocks * kernels.multiprocessors)
     tensors = q, cache, block_tables, context_lens, v_offset, out, partials, counters
-    sizes = batch, kv_heads, group, max_pages, splits, window
+    sizes = batch, kv_heads, group, max_pages, splits, window, settled
     args = (*tensors, scale * math.log2(math.e), *sizes)
     kernels.launch("kv_decode", (grid, 1, 1), tile.warps * WARP, args, tile.shared_bytes(layout))
 
@@ -353,6 +359,7 @@ def _decode_cpu(
     scale: float,
     window: int,
     v_offset: Tensor | None,
+    settled: bool,
     partials: Tensor,
     counters: Tensor,
     out: Tensor,
@@ -363,7 +370,7 @@ def _decode_cpu(
 
 _decode = register(
     "kv4_decode(Tensor q, Tensor cache, int bits, Tensor block_tables, Tensor context_lens, float scale, int window,"
-    " Tensor? v_offset, Tensor(a!) partials, Tensor(b!) counters, Tensor(c!) out) -> ()",
+    " Tensor? v_offset, bool settled, Tensor(a!) partials, Tensor(b!) counters, Tensor(c!) out) -> ()",
     cuda=_decode_cuda,
     cpu=_decode_cpu,
 )

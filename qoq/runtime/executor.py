@@ -115,10 +115,9 @@ class Executor:
         )
         parts = []
         if decodes > 0:
-            tables, contexts, scale = batch.block_tables[:decodes], batch.context_lens[:decodes], layout.head_dim**-0.5
-            parts.append(
-                kv4_decode(q[:decodes], cache, layout, tables, contexts, scale, layer.window, v_offset, self.workspace)
-            )
+            where = cache, layout, batch.block_tables[:decodes], batch.context_lens[:decodes]
+            how = layout.head_dim**-0.5, layer.window, v_offset, self.workspace
+            parts.append(kv4_decode(q[:decodes], *where, *how, settled=True))
         for prefill in batch.prefills:
             tables, starts, own = batch.block_tables[prefill.sequences], prefill.context_starts, q[prefill.tokens]
             if q.is_cuda:

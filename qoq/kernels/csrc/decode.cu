@@ -7,7 +7,8 @@
 // this one are merged. Splits depend on the sequence's length alone, and every sum has one order, so a sequence gets the
 // same bits in any batch. The grid has as many blocks as fit; each starts with the item of its number and then draws
 // tickets, so ragged batches balance.
-// The last block to finish a split of a sequence and head merges them all.
+// The last block to finish a split of a sequence and head merges them all. Where all tokens but a sequence's last are
+// known to be in the cache, the first copies begin while the predecessor still appends the last ones.
 //
 // In a block every warp has its own tokens, 16 at a time in a ring of STAGES asynchronous copies, and its own running
 // softmax; nothing is shared until the end. Both products run on the tensor cores with the tokens or dims as the 16
@@ -500,14 +501,15 @@ struct Merged {
 };
 
 // q, out (batch, kv_heads * group, HEAD_DIM); cache (pages, kv_heads, RECORD); block_tables (batch, max_pages);
-// v_offset (kv_heads, HEAD_DIM) or null. max_splits is what max_pages may need. With P = batch * kv_heads * blocks of 8
+// v_offset (kv_heads, HEAD_DIM) or null. settled: before the predecessor began, all was there but q and the last token
+// of each context. max_splits is what max_pages may need. With P = batch * kv_heads * blocks of 8
 // heads and H = min(group, 8), partials holds (P, max_splits, H, HEAD_DIM) sums, then (P, max_splits, H) bases and
 // totals; counters, zero between launches, the ticket, the blocks that are through, and the splits that arrived for
 // each of P.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     kv_decode(const __half* q, const unsigned char* cache, const int32_t* block_tables, const int32_t* context_lens,
               const __half* v_offset, __half* out, float* partials, unsigned* counters, float scale_log2, int batch,
-              int kv_heads, int group, int max_pages, int max_splits, int window) {
+              int kv_heads, int group, int max_pages, int max_splits, int window, int settled) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ int before[MAX_BATCH];
     __shared__ float2 stats[WARPS][HEADS];
@@ -536,8 +538,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         return page < max_pages ? block_tables[int64_t(sequence) * max_pages + page] : 0;
     };
     int item = blockIdx.x, turn = 0, pages, steps;
+    bool late = false;  // the copy of the last step is not among the first ones, where it belongs
     Copies copies;
-    const auto begin = [&](Item& place) {  // ask for the first tokens of `item`, and say there what it is
+    // Ask for the first tokens of `item`, if `early` without the step of the sequence's last; and say there what it is.
+    const auto begin = [&](Item& place, bool early) {
         const bool is_first = item < first_splits;
         const int among = is_first ? item : item - first_splits, nth = among / columns, column = among - nth * columns;
         const int kv_head = head_blocks == 1 ? column : column / head_blocks;
@@ -561,19 +565,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const int row = (b * kv_heads + kv_head) * group + first_head, heads = min(group - first_head, HEADS);
             place = {b, kv_head, split, splits.count, start / PAGE, row, heads, b * columns + column};
         }
+        late = early && start + end == length && 0 < steps && steps <= STAGES && index_of(steps - 1) == (end - 1) / STEP;
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             const int page = __shfl_sync(ALL_LANES, pages, stage);
-            if (stage < steps) copies.start(ring + stage * STAGE_BYTES, page, index_of(stage));
+            if (stage < steps - late) copies.start(ring + stage * STAGE_BYTES, page, index_of(stage));
             commit_copies();
         }
     };
 
     allow_successor();
-    wait_for_predecessor();
+    if (!settled) wait_for_predecessor();
     if (item >= first_splits) count_items();
-    if (item < items) begin(known[0]);
+    if (item < items) begin(known[0], OVERLAPS && settled);
+    if (settled) wait_for_predecessor();
     __syncthreads();
+    if (late) {
+        const int page = __shfl_sync(ALL_LANES, pages, steps - 1);
+        copies.start(ring + (steps - 1) * STAGE_BYTES, page, index_of(steps - 1));
+    }
     while (item < items) {
         const Item& current = known[turn];
         Queries queries;
@@ -588,7 +598,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int step = 0; step < steps; ++step) {
             const int ahead = step + STAGES, token = index_of(step) * STEP;
             if (ahead % LANES == 0) pages = load_pages(current.b, current.page, ahead);
-            wait_copies<STAGES - 1>();
+            if (late && step == steps - 1) {
+                wait_copies<0>();
+            } else {
+                wait_copies<STAGES - 1>();
+            }
             __syncwarp();
             running.step(stage, queries, scale_log2, copies.from - token, copies.to - token);
             const int page = __shfl_sync(ALL_LANES, pages, ahead % LANES);
@@ -602,7 +616,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
         item = items > gridDim.x ? next_item : items;
         turn ^= 1;
-        if (APART && item < items) begin(known[turn]);
+        if (APART && item < items) begin(known[turn], false);
         const __half* offset = v_offset == nullptr ? nullptr : v_offset + current.kv_head * HEAD_DIM;
         const int part_heads = min(group, HEADS), parts = current.place * max_splits;
         float* sums = partials + int64_t(parts) * part_heads * HEAD_DIM;
@@ -651,7 +665,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         __syncthreads();
         if (!APART) {
-            if (item < items) begin(known[turn]);
+            if (item < items) begin(known[turn], false);
             __syncthreads();
         }
     }

@@ -3,16 +3,18 @@
 // before it touches memory that another kernel writes or reads; only constants, such as weights, may be read earlier.
 #pragma once
 
+#if __CUDA_ARCH__ >= 900
+constexpr bool OVERLAPS = true;
+#else
+constexpr bool OVERLAPS = false;
+#endif
+
 // Until every kernel before this one has ended and what it wrote is visible. For each thread by itself.
 __device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    if constexpr (OVERLAPS) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // The next kernel may take the multiprocessors that this one leaves free.
 __device__ __forceinline__ void allow_successor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
+    if constexpr (OVERLAPS) asm volatile("griddepcontrol.launch_dependents;");
 }
