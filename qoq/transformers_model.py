@@ -129,9 +129,13 @@ def _attention(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden_states (B, T, hidden) float16, cos and sin (B, T, D) float32 -> (B, T, hidden); weights or None."""
+    """hidden_states (B, T, hidden) float16, cos and sin (B, T, D) float32 -> (B, T, hidden); weights or None.
+
+    `past_key_values` is the older name of `cache`; transformers 5.24 says the newer one.
+    """
     q, k, v = (
         projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -143,10 +147,11 @@ def _attention(
     q, k, v = transform.enter(apply_rope(q, (cos, sin)), apply_rope(k, (cos, sin)), v)
 
     k, v = (to_bytes(quantize_kv(x, clip_ratios=self.clip_ratios)) for x in (k, v))
-    if isinstance(past_key_values, QuantizedCache):
+    past = past_key_values if cache is None else cache
+    if isinstance(past, QuantizedCache):
         raise ModelError("the cache of a qoq model is in four bits already; leave cache_implementation='quantized' out")
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    if past is not None:
+        k, v = past.update(k, v, self.layer_idx)
     wide = torch.float64 if q.device.type == "cpu" else q.dtype  # as the runtime does
     k, v = (from_bytes(x).dequantize().to(wide) for x in (k, v))
 
