@@ -137,7 +137,8 @@ def _passes(settings: Recipe) -> str:
 def _cache(settings: Recipe) -> str:
     cache = settings.kv_cache
     used = {"rotated keys": cache.rotate, "offsets": cache.offset, "searched ranges": len(cache.clip_ratios) > 1}
-    return "".join(f", {name}" for name, on in used.items() if on)
+    layers = ", ".join(map(str, cache.layers_in_8_bits))
+    return "".join(f", {name}" for name, on in used.items() if on) + (f"; 8 bits in layers {layers}" if layers else "")
 
 
 def _licence(base: Mapping[str, Any], files: Sequence[str], hub_id: bool) -> str:

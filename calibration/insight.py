@@ -5,7 +5,7 @@ add up: with asymmetric targets the weights are chosen to undo part of what A8 a
 end of the model is told by hidden states that go through all layers under one cause each.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from qoq.calibration.blocks import Streams
 from qoq.models.architecture import ModelSpec
 from qoq.models.decoder import Linear, QuantizedLayer, Rope, float_block, simulated_block, simulated_cache
 from qoq.quant import HalfLinear, quantize_rows
+from qoq.recipe import KVCache
 
 CAUSES = ("w4", "a8", "k4", "v4", "all")
 TOKENS = 512  # of the samples
@@ -40,9 +41,12 @@ def variants(
     spec: ModelSpec,
     index: int,
     rope: Rope,
-    clip_ratios: Sequence[float],
+    kv_cache: KVCache,
 ) -> dict[str, Variant]:
-    """The layer in full precision (""), and under each of `CAUSES`; `layer` holds its transformed tensors."""
+    """The layer in full precision (""), and under each of `CAUSES`; `layer` holds its transformed tensors.
+
+    "k4" and "v4" are of the cache that `kv_cache` gives this layer, be it of 8 bits.
+    """
     fp = float_block(spec, index, layer)
     weights = {f"{name}.weight": linear.matrix() for name, linear in quantized.linears.items()}
     w4 = float_block(spec, index, {**layer, **weights})
@@ -50,7 +54,7 @@ def variants(
     rows = {name: linear if name in left else on_rows(linear) for name, linear in fp.linears.items()}
     a8 = replace(fp, linears=rows)
     cached, everything = replace(fp, kv=quantized.kv), simulated_block(spec, index, quantized, torch.float32)
-    cache = simulated_cache(clip_ratios)
+    cache = simulated_cache(kv_cache)
     return {
         "": lambda x: fp(x, rope),
         "w4": lambda x: w4(x, rope),

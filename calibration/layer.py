@@ -73,7 +73,7 @@ def quantize(
     The order is q, k, v, then o, then gate, up, then down; in between the streams advance by half a layer.
     """
     prefix, dtype, rope = f"model.layers.{index}.", streams.x_fp.dtype, streams.rope
-    cache = simulated_cache(settings.kv_cache.clip_ratios)
+    cache = simulated_cache(settings.kv_cache)
     fp = float_block(spec, index, layer, dtype)
     norms = {name: checkpoint.to_fp16(f"{prefix}{name}.weight", layer[f"{name}.weight"]) for name in spec.norm_shapes()}
     linears: dict[str, StoredLinear] = {}

@@ -147,6 +147,7 @@ def quantize(
     started = time.monotonic()
     spec = target_spec(source.spec, settings)
     layout.check_group_size(spec, settings.group_size)
+    layout.check_cache_layers(spec, settings.kv_cache)
     tokenizer = source.tokenizer()
     calibration = settings.calibration
     tokens = data.samples(tokenizer, calibration.dataset, calibration.nsamples, calibration.seqlen, settings.seed)
@@ -280,8 +281,8 @@ def _layer(run: Run, index: int, streams: Streams, probe: Probe, drift: insight.
     if drift is None or run.work is None:
         return {"layer": index, "loss": loss}
     with passes("insight"):
-        ratios = settings.kv_cache.clip_ratios
-        causes = drift.advance(insight.variants(weights, quantized, spec, index, drift.rope, ratios))
+        variants = insight.variants(weights, quantized, spec, index, drift.rope, settings.kv_cache)
+        causes = drift.advance(variants)
     if done:
         return {key: value for key, value in run.work.report(part).items() if key != "digests"}
     report = {
@@ -330,7 +331,7 @@ def _replay(weights: dict[str, Tensor], quantized: QuantizedLayer, run: Run, ind
     dtype = streams.x_fp.dtype
     rope, tokens = streams.rope, streams.tokens_at_once
     blocks.propagate(float_block(run.spec, index, weights, dtype), streams.x_fp, rope, None, tokens)
-    cache = simulated_cache(run.settings.kv_cache.clip_ratios)
+    cache = simulated_cache(run.settings.kv_cache)
     blocks.propagate(simulated_block(run.spec, index, quantized, dtype), streams.x_q, rope, cache, tokens)
 
 

@@ -85,7 +85,7 @@ class Plan:
     placement: memory.Placement
     tokens: int
     seconds: Seconds
-    kv_bytes: Mapping[int, int]  # bits -> of a cached token
+    kv_bytes: Mapping[int, int]  # bits that an engine is asked for -> of a cached token
     cards: Mapping[str, OnCard]
     tensor_parallel: Sequence[int]
 
@@ -137,14 +137,14 @@ def plan(
     """The plan of a run on `device` ("cpu" or "cuda"), and on each of `CARDS`.
 
     Raises:
-        QuantizationError: the model does not fit the group size, or the run does not fit the budgets.
+        QuantizationError: the model does not fit the recipe, or the run does not fit the budgets.
     """
     spec = target_spec(original, settings)
     layout.check_group_size(spec, settings.group_size)
+    layout.check_cache_layers(spec, settings.kv_cache)
     job = memory.Job(original, spec, settings, device, source_itemsize, ranks)
     placement = memory.choose(job, budgets)
-    model = dimensions(spec)
-    kv_bytes = {bits: roofline.kv_bytes(model, bits) for bits in paged.BITS}
+    kv_bytes = {bits: layout.kv_bytes(spec, settings.kv_cache, bits) for bits in paged.BITS}
     output = layout.size_in_bytes(spec, settings.group_size, settings.kv_cache, job.left)
     parameters = source_parameters(original)
     calibration = settings.calibration
@@ -205,20 +205,6 @@ def of_source(
         source_bytes=size,
         source_itemsize=itemsize,
         ranks=ranks,
-    )
-
-
-def dimensions(spec: ModelSpec) -> roofline.Dimensions:
-    """The same model as `roofline` counts it."""
-    return roofline.Dimensions(
-        spec.model_type,
-        spec.num_layers,
-        spec.hidden_size,
-        spec.intermediate_size,
-        spec.num_heads,
-        spec.num_kv_heads,
-        spec.vocab_size,
-        spec.head_dim,
     )
 
 

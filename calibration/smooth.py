@@ -72,7 +72,7 @@ def search_attention(
     project, window = block.linears["self_attn.o_proj"], block.spec.windows[block.index]
     target = project(attention(q, k, v, window)).float()
     repeats = block.spec.num_heads // block.spec.num_kv_heads
-    cache = simulated_cache(kv_cache.clip_ratios)
+    cache = simulated_cache(kv_cache)
 
     def loss(scales: Tensor) -> float:
         kv = kv_transform(kv_cache, found, scales)

@@ -96,7 +96,7 @@ def _class_of(name: str) -> str:
 
 
 def _identity(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from qoq.layout import size_in_bytes
+    from qoq.layout import kv_bytes, size_in_bytes
 
     spec, group = checkpoint.spec, checkpoint.group_size
     report = checkpoint.report()
@@ -111,7 +111,8 @@ def _identity(checkpoint: "Checkpoint") -> dict[str, Any]:
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "bits_per_linear_weight": round(8 * linear_bytes / spec.linear_parameters(), 3),
-        "kv_bytes_per_token": spec.num_layers * 2 * spec.num_kv_heads * (spec.head_dim // 2 + 4),
+        "kv_bytes_per_token": kv_bytes(spec, checkpoint.kv_cache),
+        "cache_layers_in_8_bits": list(checkpoint.kv_cache.layers_in_8_bits),
         "linears_in_16_bits": sorted(checkpoint.half_precision),
         "loads_in": _loads_in(group, bool(checkpoint.half_precision)),
     }
@@ -150,6 +151,8 @@ def _print(found: dict[str, Any]) -> None:
     if "group_size" in found:
         click.echo(f"{'bits per linear weight':24}{found['bits_per_linear_weight']}")
         click.echo(f"{'KV4 bytes per token':24}{found['kv_bytes_per_token']}")
+        if found["cache_layers_in_8_bits"]:
+            click.echo(f"{'KV8 in layers':24}{', '.join(map(str, found['cache_layers_in_8_bits']))}")
         if found["linears_in_16_bits"]:
             click.echo(f"{'in 16 bits':24}{', '.join(found['linears_in_16_bits'])}")
         click.echo(f"{'loads in':24}{', '.join(found['loads_in'])}")

@@ -88,7 +88,7 @@ def throughput(records: Sequence[Mapping[str, Any]]) -> bytes:
             curves.append(("achievable_tokens_per_s", {"linestyle": "--"}, ": allowed with good kernels"))
             curves.append(("roofline_tokens_per_s", {"linestyle": ":"}, ": allowed by the data sheet"))
         for key, look, what in curves:
-            label = f"{precision}, KV{own[0]['kv_bits']}{what}"
+            label = f"{precision}, KV{own[0]['kv_bits']:.3g}{what}"
             axes.plot(sizes, [record[key] for record in own], color=color, label=label, **look)
         for record in own:
             place = (record["batch_size"], record["throughput_tokens_per_s"])

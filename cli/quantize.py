@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qoq.cli.bench import Numbers
 from qoq.cli.gate import REJECTED, judge, say
 from qoq.cli.output import check_device, common_options, html_option, note, print_json
 from qoq.cli.plan import Size, print_plan, summary
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--cpu-memory", type=Size(), help="Stay below it, on the host.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
 @click.option("--leave", multiple=True, metavar="NAME", help="Layer or linear to leave in 16 bits; may be repeated.")
+@click.option("--kv8", type=Numbers(9999, least=0), help="Layers whose KV cache has 8 bits: 3,7.")
 @click.option("--gate", "budget", type=click.Path(path_type=Path), help="Budget to keep within, or exit code 2.")
 @html_option
 @common_options
@@ -164,6 +166,7 @@ def override(
     group_size: str | None,
     calib_dataset: str | None,
     leave: tuple[str, ...] = (),
+    kv8: tuple[int, ...] | None = None,
     **numbers: int | None,
 ) -> "Recipe":
     """The recipe with what the command line says instead."""
@@ -172,9 +175,10 @@ def override(
         "seed": numbers.pop("seed"),
         "group_size": None if group_size is None else int(group_size),
     }
-    calibration = {"dataset": calib_dataset, **numbers}
+    calibration, kv_cache = {"dataset": calib_dataset, **numbers}, {"layers_in_8_bits": kv8}
     return dataclasses.replace(
         settings,
+        kv_cache=dataclasses.replace(settings.kv_cache, **_given(kv_cache)),
         calibration=dataclasses.replace(settings.calibration, **_given(calibration)),
         **_given(own),
     )

@@ -219,10 +219,11 @@ def limits(checkpoint: "Checkpoint", record: dict[str, Any], sheet: DataSheet | 
 def summary(record: dict[str, Any], roofline: bool) -> str:
     """What a round was made of, in a line or two."""
     step, context = record["median_decode_step_ms"], record["median_decode_step_context"]
+    held, room = record["kv_cache_tokens"], record["kv_cache_room_tokens"]
     parts = [
         f"prefill {record['prefill_seconds']:.2f} s",
         *([f"decode step {step:.2f} ms at {context} tokens"] if step is not None else []),
-        f"KV{record['kv_bits']} tokens held {record['kv_cache_tokens']:,}, room for {record['kv_cache_room_tokens']:,}",
+        f"KV{record['kv_bits']:.3g} tokens held {held:,}, room for {room:,}",
     ]
     lines = [", ".join(parts)]
     if roofline:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qoq import packing
 from qoq.errors import CheckpointError, ModelError, QuantizationError, RecipeError
-from qoq.layout import LEVEL2, OFFSETS, Kinds, expected_tensors, half_linears
+from qoq.layout import LEVEL2, OFFSETS, Kinds, check_cache_layers, expected_tensors, half_linears
 from qoq.models.architecture import LINEARS, ModelSpec, model_spec
 from qoq.models.config import load_config
 from qoq.models.decoder import KVTransform, QuantizedLayer
@@ -34,6 +34,7 @@ from qoq.quant import (
     is_finite,
 )
 from qoq.recipe import KVCache
+from qoq.settings import require
 from qoq.shards import DTYPES, Entry, read_entries, read_object, read_tensor
 
 # Linears
@@ -150,8 +151,15 @@ class Checkpoint:
             known = declared.get("rotation") in (None, "hadamard") and declared.get("bits", 4) == 4
             if not known:
                 raise ValueError("rotation must be null or 'hadamard', bits 4")
-            return KVCache(declared.get("rotation") == "hadamard", bool(declared.get("offset")), ratios)
-        except (ValueError, TypeError, AttributeError, OverflowError, RecipeError) as error:
+            layers = declared.get("layers_in_8_bits", [])
+            require(isinstance(layers, list), "kv_cache.layers_in_8_bits", layers, "a list")
+            rotate, offset = declared.get("rotation") == "hadamard", bool(declared.get("offset"))
+            found = KVCache(rotate, offset, ratios, tuple(layers))
+            check_cache_layers(self.spec, found)
+            return found
+        except (RecipeError, QuantizationError) as error:
+            raise CheckpointError(f"{self.folder}/config.json: quantization_config.{error}") from None
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{self.folder}/config.json: quantization_config.kv_cache: {error}") from None
 
     @cached_property

@@ -143,7 +143,7 @@ class QuantizedModel:
         self.decoder = load(checkpoint, backend == "simulate", device)
 
     def logits(self, ids: Tensor) -> Tensor:
-        return self.decoder(ids.to(self.device), KVCache(len(self.decoder.blocks), self.decoder.clip_ratios))
+        return self.decoder(ids.to(self.device), KVCache(len(self.decoder.blocks), self.decoder.kv_cache))
 
     def stream(self, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
         return greedy(self.decoder, token_ids, max_tokens)

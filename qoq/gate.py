@@ -3,25 +3,29 @@
 A budget is a YAML file of `Budget`; what it does not name is not limited. Estimates of a change start from what was
 measured and take away shares by the report of the run (`calibration.insight`): KL divergence adds up over causes that
 do not know of each other, the logarithm of the perplexity ratio and the tail follow the mean, and the share of tokens
-whose best guess changes follows its root. They are estimates: the next run measures.
+whose best guess changes follows its root. They are estimates: the next run measures. Where calibration tokens were few,
+weights fit them better than other text, and the report blames the cache for too much.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qoq import settings
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, RecipeError
-from qoq.layout import half_linears, size_in_bytes
+from qoq.layout import half_linears, kv_bytes, size_in_bytes
+from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.settings import require
 
 LEAST = ("same_top1", "tokens_per_second")  # limits from below; all others are from above
 QUALITY = ("perplexity_ratio", "mean_kl", "p99_kl", "same_top1")
 WEIGHT_CAUSES = ("w4", "a8")  # what leaving a layer in 16 bits takes away
-CAUSES = (*WEIGHT_CAUSES, "k4", "v4")
+CACHE_CAUSES = ("k4", "v4")  # what caching a layer in 8 bits takes away, but for CACHE_REST
+CAUSES = (*WEIGHT_CAUSES, *CACHE_CAUSES)
+CACHE_REST = (15 / 255) ** 2  # a 255th of the range for a step instead of a 15th; divergence goes with its square
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def smallest_change(checkpoint: Checkpoint, budget: Budget, checks: Sequence[Che
         return _smaller(checkpoint, measured["size_bytes"], budget.limits()["size_bytes"])
     if "size_bytes" in failed:
         return "quality asks for more bytes and the size for fewer; no change is known to give both"
-    return _layers_in_16_bits(checkpoint, budget, measured)
+    return _exceptions(checkpoint, budget, measured)
 
 
 def _smaller(checkpoint: Checkpoint, size: float, limit: float) -> Change | str:
@@ -147,43 +151,70 @@ def _smaller(checkpoint: Checkpoint, size: float, limit: float) -> Change | str:
     return "no layout of these weights is that small: the embeddings stay in 16 bits"
 
 
-def _layers_in_16_bits(checkpoint: Checkpoint, budget: Budget, measured: Mapping[str, float]) -> Change | str:
-    """As few layers as are estimated to be enough, those of largest error by weights and activations first."""
+def _exceptions(checkpoint: Checkpoint, budget: Budget, measured: Mapping[str, float]) -> Change | str:
+    """As few layers as are estimated to be enough, the worst ones first, and what to do to them.
+
+    An 8-bit cache is tried first, since it makes no checkpoint larger; then their linears in 16 bits; then these beside
+    an 8-bit cache of all layers.
+    """
     try:
-        whole, layers = _losses(checkpoint.report())
+        losses = _losses(checkpoint)
     except CheckpointError as error:
-        return f"no change is known: {error}"
-    share = sum(whole[cause] for cause in WEIGHT_CAUSES) / sum(whole.values())
-    worst = sorted(layers, key=lambda index: -layers[index])
-    for count in range(1, len(worst)):  # one layer at least stays quantized
-        chosen = sorted(worst[:count])
-        taken = sum(layers[index] for index in chosen) / sum(layers.values())
-        estimate = {**measured, **_estimate(measured, 1 - share * taken)}
+        return str(error)
+    wide, half = checkpoint.kv_cache.layers_in_8_bits, checkpoint.half_precision
+    eight = [layer for layer in losses.worst(CACHE_CAUSES) if layer not in wide]
+    sixteen = [
+        layer
+        for layer in losses.worst(WEIGHT_CAUSES)
+        if not all(f"model.layers.{layer}.{name}" in half for name in LINEARS)
+    ]
+    some = [sixteen[:count] for count in range(1, len(sixteen))]  # one layer at least stays quantized
+    choices: list[tuple[list[int], list[int]]] = [(eight[:count], []) for count in range(1, len(eight) + 1)]
+    choices += [([], left) for left in some] + [(eight, left) for left in some]
+    too_large = ""
+    for cached, left in choices:
+        saved = (1 - CACHE_REST) * losses.part(CACHE_CAUSES, cached) + losses.part(WEIGHT_CAUSES, left)
+        estimate = {**measured, **_estimate(measured, max(0.0, 1 - saved))}
         if all(one.passed for one in check(budget, estimate) if one.name in QUALITY):
-            return _with_layers(checkpoint, budget, chosen, estimate)
-    return (
-        f"the 4-bit cache makes {100 * (1 - share):.0f} % of the loss: it is estimated to be too much with all layers "
-        "but one in 16 bits"
-    )
+            found = _change(checkpoint, budget, sorted(cached), sorted(left), estimate)
+            if isinstance(found, Change):
+                return found
+            too_large = too_large or found
+    return too_large or "it is estimated to be too much with an 8-bit cache and all layers but one in 16 bits"
 
 
-def _with_layers(checkpoint: Checkpoint, budget: Budget, chosen: list[int], estimate: dict[str, float]) -> Change | str:
-    """The change that leaves these layers in 16 bits too, where its size is allowed."""
-    names = [f"model.layers.{index}" for index in chosen]
-    names += sorted(name for name in checkpoint.half_precision if int(name.split(".")[2]) not in chosen)
-    left = half_linears(checkpoint.spec, names)
-    size = size_in_bytes(checkpoint.spec, checkpoint.group_size, checkpoint.kv_cache, left)
-    layers = ", ".join(map(str, chosen))
-    if budget.size_bytes is not None and size > budget.size_bytes:
-        return (
-            f"layers {layers} in 16 bits are estimated to keep the quality, but make {size} bytes "
-            f"of {budget.size_bytes} allowed"
-        )
-    estimate = {name: size if name == "size_bytes" else value for name, value in estimate.items()}
-    why = f"leave layers {layers} in 16 bits: {size} bytes"
+def _change(
+    checkpoint: Checkpoint, budget: Budget, cached: list[int], left: list[int], estimate: dict[str, float]
+) -> Change | str:
+    """The change that gives layers an 8-bit cache, or leaves them in 16 bits, beside those that are so already.
+
+    Or why its size is not allowed.
+    """
+    spec, kv_cache, recipe, why = checkpoint.spec, checkpoint.kv_cache, dict[str, Any](), []
+    if cached:
+        wide = replace(kv_cache, layers_in_8_bits=tuple(sorted({*cached, *kv_cache.layers_in_8_bits})))
+        recipe["kv_cache.layers_in_8_bits"] = list(wide.layers_in_8_bits)
+        sizes = f"{kv_bytes(spec, wide)} bytes a token instead of {kv_bytes(spec, kv_cache)}"
+        why.append(f"cache {_listed(cached, spec)} in 8 bits: {sizes}")
+    if left:
+        names = [f"model.layers.{layer}" for layer in left]
+        names += sorted(name for name in checkpoint.half_precision if int(name.split(".")[2]) not in left)
+        size = size_in_bytes(spec, checkpoint.group_size, kv_cache, half_linears(spec, names))
+        if budget.size_bytes is not None and size > budget.size_bytes:
+            return (
+                f"{_listed(left, spec)} in 16 bits are estimated to keep the quality, but make {size} bytes "
+                f"of {budget.size_bytes} allowed"
+            )
+        recipe["modules_to_not_convert"] = names
+        estimate = {name: size if name == "size_bytes" else value for name, value in estimate.items()}
+        why.append(f"leave {_listed(left, spec)} in 16 bits: {size} bytes")
     if estimate.pop("tokens_per_second", None) is not None:
-        why += "; slower by what is to be measured"
-    return Change({"modules_to_not_convert": names}, why, estimate)
+        why.append("slower by what is to be measured")
+    return Change(recipe, "; ".join(why), estimate)
+
+
+def _listed(layers: list[int], spec: ModelSpec) -> str:
+    return "all layers" if len(layers) == spec.num_layers else f"layers {', '.join(map(str, layers))}"
 
 
 def _estimate(measured: Mapping[str, float], part: float) -> dict[str, float]:
@@ -196,28 +227,47 @@ def _estimate(measured: Mapping[str, float], part: float) -> dict[str, float]:
     return found
 
 
-def _losses(report: Mapping[str, Any]) -> tuple[dict[str, float], dict[int, float]]:
-    """KL divergence by cause, and each layer's own error from W4 and A8, out of a report.
+@dataclass(frozen=True)
+class Losses:
+    """What the report of a run says."""
+
+    whole: Mapping[str, float]  # KL divergence by cause
+    layers: Mapping[int, Mapping[str, float]]  # each layer's own error by cause
+
+    def worst(self, causes: Sequence[str]) -> list[int]:
+        """The layers, those of largest error by these causes first."""
+        return sorted(self.layers, key=lambda layer: -self._own(layer, causes))
+
+    def part(self, causes: Sequence[str], layers: Sequence[int]) -> float:
+        """Of the whole divergence, what these causes make of it in these layers."""
+        share = sum(self.whole[cause] for cause in causes) / sum(self.whole.values())
+        every = sum(self._own(layer, causes) for layer in self.layers)
+        return share * sum(self._own(layer, causes) for layer in layers) / every if every else 0.0
+
+    def _own(self, layer: int, causes: Sequence[str]) -> float:
+        return sum(self.layers[layer][cause] for cause in causes)
+
+
+def _losses(checkpoint: Checkpoint) -> Losses:
+    """Out of a checkpoint's report.
 
     Raises:
         CheckpointError: it does not say.
     """
+    report = checkpoint.report()
     try:
         whole = {cause: float(report["kl"][cause]) for cause in CAUSES}
         layers = {
-            int(layer["layer"]): sum(float(layer["causes"][cause]) for cause in WEIGHT_CAUSES)
+            int(layer["layer"]): {cause: float(layer["causes"][cause]) for cause in CAUSES}
             for layer in report["layers"]
         }
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"no qoq_report.json with the losses of each layer ({type(error).__name__})") from None
-    values = [*whole.values(), *layers.values()]
-    if (
-        not all(math.isfinite(value) and value >= 0 for value in values)
-        or not sum(whole.values())
-        or not any(layers.values())
-    ):
+    values = [*whole.values(), *(value for causes in layers.values() for value in causes.values())]
+    usable = all(math.isfinite(value) and value >= 0 for value in values) and sum(whole.values()) > 0
+    if not usable or sorted(layers) != list(range(checkpoint.spec.num_layers)):
         raise CheckpointError("qoq_report.json has no usable losses")
-    return whole, layers
+    return Losses(whole, layers)
 
 
 def measure_quality(found: Any) -> dict[str, float]:

@@ -40,6 +40,19 @@ def check_group_size(spec: ModelSpec, group_size: int) -> None:
             )
 
 
+def check_cache_layers(spec: ModelSpec, kv_cache: KVCache) -> None:
+    """Refuse a cache for layers that the model does not have.
+
+    Raises:
+        QuantizationError: says which there are.
+    """
+    last = max(kv_cache.layers_in_8_bits, default=0)
+    if last >= spec.num_layers:
+        raise QuantizationError(
+            f"kv_cache.layers_in_8_bits: {last} is no layer of this model, expected 0 to {spec.num_layers - 1}"
+        )
+
+
 def linear_tensors(n: int, k: int, group_size: int, bias: bool, half: bool = False) -> Kinds:
     """Suffix -> dtype and shape of the tensors of an N x K linear; `half`: one that is left in 16 bits."""
     tensors: Kinds = {"qweight": (torch.int8, (n, k // 2)), "s1_scales": (torch.float16, (n,))}
@@ -121,8 +134,15 @@ def size_in_bytes(spec: ModelSpec, group_size: int, kv_cache: KVCache, half_prec
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds)
 
 
+def kv_bytes(spec: ModelSpec, kv_cache: KVCache, kv_bits: int = 4) -> int:
+    """Bytes of a cached token in all layers, where `kv_bits` are asked for: rows of codes and their grids."""
+    every = [kv_cache.bits(layer, kv_bits) for layer in range(spec.num_layers)]
+    return 2 * spec.num_kv_heads * sum(spec.head_dim * bits // 8 + (4 if bits < 16 else 0) for bits in every)
+
+
 def quantization_config(group_size: int, kv_cache: KVCache, half_precision: Collection[str] = ()) -> dict[str, Any]:
     """What config.json says of the checkpoint; the first three keys are what QServe's users had to write by hand."""
+    exceptions = {"layers_in_8_bits": list(kv_cache.layers_in_8_bits)} if kv_cache.layers_in_8_bits else {}
     return {
         "quant_method": "qoq",
         "wbits": 4,
@@ -136,6 +156,7 @@ def quantization_config(group_size: int, kv_cache: KVCache, half_precision: Coll
             "rotation": "hadamard" if kv_cache.rotate else None,
             "offset": kv_cache.offset,
             "clip_ratios": list(kv_cache.clip_ratios),
+            **exceptions,
         },
         "modules_to_not_convert": ["lm_head", *sorted(half_precision)],
     }

@@ -28,7 +28,7 @@ HEAD_DIMS, BITS = (64, 96, 128, 256), (4, 8, 16)
 
 @dataclass(frozen=True)
 class Layout:
-    """How the cache of a model is laid out."""
+    """How the cache of a layer is laid out."""
 
     head_dim: int
     bits: int = 4
@@ -54,13 +54,17 @@ class Layout:
         return torch.zeros(num_pages, kv_heads, self.record_bytes, dtype=torch.uint8, device=device)
 
 
-def pack_codes(rows: QuantizedKV) -> QuantizedKV:
-    """Two codes to a byte, even dimension in the low nibble: (..., D) uint8 -> (..., D/2) uint8."""
+def pack_codes(rows: QuantizedKV, bits: int = 4) -> QuantizedKV:
+    """At 4 bits two codes to a byte, even dimension in the low nibble: (..., D) uint8 -> (..., D/2) uint8."""
+    if bits == 8:
+        return rows
     return QuantizedKV(rows.codes[..., ::2] | (rows.codes[..., 1::2] << 4), rows.scale, rows.minimum)
 
 
-def unpack_codes(rows: QuantizedKV) -> QuantizedKV:
+def unpack_codes(rows: QuantizedKV, bits: int = 4) -> QuantizedKV:
     """The inverse of `pack_codes`."""
+    if bits == 8:
+        return rows
     codes = torch.stack((rows.codes & 15, rows.codes >> 4), dim=-1).flatten(-2)
     return QuantizedKV(codes, rows.scale, rows.minimum)
 
@@ -79,7 +83,7 @@ class Side:
             codes = x.contiguous().view(torch.uint8)
         else:
             rows = quantize_kv(x, layout.bits, clip_ratios)
-            codes = pack_codes(rows).codes if layout.bits == 4 else rows.codes
+            codes = pack_codes(rows, layout.bits).codes
             self.grids[page, :, index] = torch.stack((rows.scale, rows.minimum), dim=-1)
         self.codes[page, :, index] = codes
 
@@ -89,7 +93,7 @@ class Side:
         if self.grids is None:
             return codes.view(torch.float16).float()
         rows = QuantizedKV(codes, *self.grids[page, :, index].unbind(-1))
-        return (unpack_codes(rows) if layout.bits == 4 else rows).dequantize()
+        return unpack_codes(rows, layout.bits).dequantize()
 
 
 def sides(cache: Tensor, layout: Layout) -> tuple[Side, Side]:

@@ -32,15 +32,27 @@ class Calibration:
 
 @dataclass(frozen=True)
 class KVCache:
-    """What the 4-bit cache quantizer does; see `models.decoder.KVTransform` and `quant.quantize_kv`."""
+    """What the cache quantizer does; see `models.decoder.KVTransform` and `quant.quantize_kv`."""
 
     rotate: bool = False  # Hadamard of keys and queries after RoPE
     offset: bool = False  # calibrated key and value offsets
-    clip_ratios: tuple[float, ...] = (1.0,)  # tried for each row
+    clip_ratios: tuple[float, ...] = (1.0,)  # tried for each row of 4 bits
+    layers_in_8_bits: tuple[int, ...] = ()  # whose keys and values, of all heads, have 8 bits
 
     def __post_init__(self) -> None:
         ok = bool(self.clip_ratios) and all(0 < ratio <= 1 for ratio in self.clip_ratios)
         require(ok, "kv_cache.clip_ratios", list(self.clip_ratios), "numbers above 0 and up to 1")
+        layers = list(self.layers_in_8_bits)
+        ok = all(type(layer) is int and layer >= 0 for layer in layers) and layers == sorted(set(layers))
+        require(ok, "kv_cache.layers_in_8_bits", layers, "numbers of layers from 0 up, ascending, each once")
+
+    def bits(self, layer: int, kv_bits: int = 4) -> int:
+        """Of a layer's cache where `kv_bits` are asked for: a cache of 4 bits alone has exceptions."""
+        return 8 if kv_bits == 4 and layer in self.layers_in_8_bits else kv_bits
+
+    def ratios(self, bits: int) -> tuple[float, ...]:
+        """That are tried for each row of so many bits: beyond 4 a search finds nothing worth its time."""
+        return self.clip_ratios if bits == 4 else (1.0,)
 
 
 @dataclass(frozen=True)

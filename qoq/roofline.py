@@ -182,12 +182,15 @@ def head_bytes(model: Dimensions) -> int:
     return 2 * model.vocab_size * model.hidden_size
 
 
-def kv_bytes(model: Dimensions, bits: int = 4) -> int:
-    """Of a cached token in all layers: codes, and below 16 bits a float16 scale and minimum for each head's K and V."""
-    if bits not in (4, 8, 16):
-        raise ValueError(f"bits is {bits}, expected 4, 8 or 16")
-    row = model.head_dim * bits // 8 + (4 if bits < 16 else 0)
-    return model.num_layers * 2 * model.num_kv_heads * row
+def kv_bytes(model: Dimensions, bits: float = 4) -> int:
+    """Of a cached token in all layers: codes, and below 16 bits a float16 scale and minimum for each head's K and V.
+
+    Where some layers have 4 bits and some 8, `bits` is their mean.
+    """
+    if not 4 <= bits <= 8 and bits != 16:
+        raise ValueError(f"bits is {bits}, expected 4 to 8, or 16")
+    row = model.head_dim * bits / 8 + (4 if bits < 16 else 0)
+    return round(model.num_layers * 2 * model.num_kv_heads * row)
 
 
 def pass_bytes(model: Dimensions, precision: str = "w4a8") -> int:
@@ -229,7 +232,7 @@ def decode_step(
     rates: Rates,
     batch: int,
     context: int,
-    kv_bits: int = 4,
+    kv_bits: float = 4,
     group_size: int = 128,
     precision: str = "w4a8",
 ) -> Times:
@@ -291,7 +294,7 @@ class Workload:
     batch: int
     input_len: int = 1024
     output_len: int = 512
-    kv_bits: int = 4
+    kv_bits: float = 4
     group_size: int = 128
     precision: str = "w4a8"  # or "fp16", whose weights have no groups
 

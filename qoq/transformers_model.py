@@ -5,8 +5,9 @@ norms and head are replaced by those of `qoq.models.decoder`, which round less o
 CPU this gives the logits of `qoq.runtime.model` up to the order of float64 sums.
 
 Keys and values enter the cache as bytes, so any cache of transformers (dynamic, static, offloaded, with a sliding
-window) holds four bits a value, and with or without a cache attention sees the same numbers. Whatever is done to keys,
-values and queries is done outside cache and attention function: every `attn_implementation` and its mask fit.
+window) holds four bits a value, eight in the layers that the checkpoint names, and with or without a cache attention
+sees the same numbers. Whatever is done to keys, values and queries is done outside cache and attention function: every
+`attn_implementation` and its mask fit.
 """
 
 from collections.abc import Callable
@@ -55,7 +56,8 @@ def convert(model: Any, checkpoint: Checkpoint) -> None:
             for name in OFFSETS:
                 shape = spec.num_kv_heads, spec.head_dim
                 attention.register_parameter(name.partition(".")[2], _parameter(shape, torch.float16))
-        attention.rotate, attention.clip_ratios = checkpoint.kv_cache.rotate, checkpoint.kv_cache.clip_ratios
+        attention.rotate, attention.bits = checkpoint.kv_cache.rotate, checkpoint.kv_cache.bits(index)
+        attention.clip_ratios = checkpoint.kv_cache.ratios(attention.bits)
         attention.window = spec.windows[index]
         _bind(attention, _attention)
         _bind(layer.mlp, _mlp)
@@ -129,9 +131,13 @@ def _attention(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden_states (B, T, hidden) float16, cos and sin (B, T, D) float32 -> (B, T, hidden); weights or None."""
+    """hidden_states (B, T, hidden) float16, cos and sin (B, T, D) float32 -> (B, T, hidden); weights or None.
+
+    `past_key_values` is the older name of `cache`; transformers 5.24 says the newer one.
+    """
     q, k, v = (
         projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -142,13 +148,14 @@ def _attention(
     transform = KVTransform(self.rotate, getattr(self, "k_offset", None), getattr(self, "v_offset", None))
     q, k, v = transform.enter(apply_rope(q, (cos, sin)), apply_rope(k, (cos, sin)), v)
 
-    k, v = (to_bytes(quantize_kv(x, clip_ratios=self.clip_ratios)) for x in (k, v))
-    if isinstance(past_key_values, QuantizedCache):
-        raise ModelError("the cache of a qoq model is in four bits already; leave cache_implementation='quantized' out")
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    k, v = (to_bytes(quantize_kv(x, self.bits, self.clip_ratios), self.bits) for x in (k, v))
+    past = past_key_values if cache is None else cache
+    if isinstance(past, QuantizedCache):
+        raise ModelError("the cache of a qoq model is quantized already; leave cache_implementation='quantized' out")
+    if past is not None:
+        k, v = past.update(k, v, self.layer_idx)
     wide = torch.float64 if q.device.type == "cpu" else q.dtype  # as the runtime does
-    k, v = (from_bytes(x).dequantize().to(wide) for x in (k, v))
+    k, v = (from_bytes(x, self.bits).dequantize().to(wide) for x in (k, v))
 
     function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
     out, weights = function(
@@ -160,13 +167,13 @@ def _attention(
 # The cache
 
 
-def to_bytes(rows: QuantizedKV) -> Tensor:
-    """(..., D) codes and their grids -> (..., D/2 + 4) uint8: two codes to a byte, then scale and minimum, float16."""
+def to_bytes(rows: QuantizedKV, bits: int) -> Tensor:
+    """(..., D) codes of 4 or 8 bits and their grids -> (..., D * bits/8 + 4) uint8: codes, scale, minimum (float16)."""
     grid = torch.stack((rows.scale, rows.minimum), dim=-1).view(torch.uint8)
-    return torch.cat((pack_codes(rows).codes, grid), dim=-1)
+    return torch.cat((pack_codes(rows, bits).codes, grid), dim=-1)
 
 
-def from_bytes(x: Tensor) -> QuantizedKV:
+def from_bytes(x: Tensor, bits: int) -> QuantizedKV:
     """The inverse of `to_bytes`."""
     scale, minimum = x[..., -4:].contiguous().view(torch.float16).unbind(-1)
-    return unpack_codes(QuantizedKV(x[..., :-4], scale, minimum))
+    return unpack_codes(QuantizedKV(x[..., :-4], scale, minimum), bits)

@@ -97,7 +97,7 @@ def alone(source: Source, settings: Recipe, device: str) -> Iterator[tuple[str, 
     norm, head = norm.float().to(device), torch.cat(list(slices)).float().to(device)
     yield (
         "KV4 alone",
-        Alone(Decoder(embedding, with_kv, norm, head, rope), simulated_cache(settings.kv_cache.clip_ratios)),
+        Alone(Decoder(embedding, with_kv, norm, head, rope), simulated_cache(settings.kv_cache)),
     )
     yield "A8 alone", Alone(Decoder(embedding, with_a8, norm, head, rope), None)
 

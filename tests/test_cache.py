@@ -1,13 +1,22 @@
 """Pages are given, shared and freed exactly; memory is counted to the byte."""
 
+import statistics
+
 import pytest
 import torch
 from conftest import VOCAB
+from hypothesis import given
+from hypothesis import strategies as st
 
+from qoq import roofline
 from qoq.checkpoint import Checkpoint
 from qoq.errors import ModelError
+from qoq.layout import kv_bytes
 from qoq.models.architecture import ModelSpec
-from qoq.runtime.cache import PagedCache, layout_of, page_bytes
+from qoq.paged import BITS, HEAD_DIMS, PAGE
+from qoq.recipe import KVCache
+from qoq.runtime.benchmark import dimensions
+from qoq.runtime.cache import PagedCache, layouts_of, page_bytes
 from qoq.runtime.pages import Pages, page_name
 
 
@@ -80,17 +89,38 @@ def test_one_page_of_a_name_is_enough():
     assert pages.find([name]) == [first]
 
 
-@pytest.mark.parametrize(("family", "bits", "token"), [("llama", 4, 2 * 32 + 8), ("qwen3", 8, 2 * 128 + 8)])
-def test_memory_is_counted_to_the_byte(checkpoint_folder, family, bits, token):
+@pytest.mark.parametrize(
+    ("family", "bits", "in_8_bits", "tokens"),
+    [
+        ("llama", 4, (), (2 * 32 + 8, 2 * 32 + 8)),
+        ("llama", 4, (1,), (2 * 32 + 8, 2 * 64 + 8)),
+        ("llama", 16, (1,), (2 * 128, 2 * 128)),
+        ("qwen3", 8, (0,), (2 * 128 + 8, 2 * 128 + 8)),
+    ],
+)
+def test_memory_is_counted_to_the_byte(checkpoint_folder, family, bits, in_8_bits, tokens):
     spec = Checkpoint(checkpoint_folder(family)).spec
-    layout = layout_of(spec, bits)
-    assert page_bytes(spec, layout) == 2 * 2 * 64 * token  # layers, KV heads, tokens
-    cache = PagedCache.allocate(spec, layout, 5, "cpu")
-    assert sum(layer.nbytes for layer in cache.layers) == 5 * page_bytes(spec, layout)
+    layouts = layouts_of(spec, KVCache(layers_in_8_bits=in_8_bits), bits)
+    assert page_bytes(spec, layouts) == 2 * 64 * sum(tokens)  # KV heads, tokens
+    cache = PagedCache.allocate(spec, layouts, 5, "cpu")
+    assert [layer.nbytes for layer in cache.layers] == [5 * 2 * 64 * token for token in tokens]
     assert len(cache.layers) == 2 and {layer.dtype for layer in cache.layers} == {torch.uint8}
+
+
+@given(st.data())
+def test_a_token_is_counted_alike_everywhere(data):
+    layers, heads = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 16))
+    head_dim, bits = data.draw(st.sampled_from(HEAD_DIMS)), data.draw(st.sampled_from(BITS))
+    kv_cache = KVCache(layers_in_8_bits=tuple(sorted(data.draw(st.sets(st.integers(0, layers - 1))))))
+    windows = (None,) * layers
+    spec = ModelSpec("llama", layers, 96, 96, heads, heads, head_dim, VOCAB, 1e-5, False, False, windows, frozenset())
+    found = kv_bytes(spec, kv_cache, bits)
+    assert PAGE * found == page_bytes(spec, layouts_of(spec, kv_cache, bits))
+    mean = statistics.fmean(kv_cache.bits(layer, bits) for layer in range(layers))
+    assert roofline.kv_bytes(dimensions(spec), mean) == found
 
 
 def test_what_the_cache_cannot_hold_is_refused():
     spec = ModelSpec("llama", 1, 96, 96, 2, 2, 48, VOCAB, 1e-5, False, False, (None,), frozenset())
     with pytest.raises(ModelError, match="head_dim is 48; the KV cache takes 64, 96, 128, 256"):
-        layout_of(spec, 4)
+        layouts_of(spec, KVCache(), 4)

@@ -83,7 +83,7 @@ def test_logits_are_the_decoders(checkpoint_folder, group_size):
     folder, tokens = checkpoint_folder("llama", group_size), ids(80)
     engine = LLMEngine.from_checkpoint(folder, memory_bytes=1 << 20)
     decoder = model.load(folder)
-    expected = decoder(torch.tensor([tokens]), model.KVCache(2, decoder.clip_ratios))[0]
+    expected = decoder(torch.tensor([tokens]), model.KVCache(2, decoder.kv_cache))[0]
     assert relative(engine.executor.logits(hidden(engine, tokens, [80])), expected) < 1e-3
 
 
@@ -266,7 +266,7 @@ def test_logprobs_of_a_prompt_are_the_models(engine, loaded, checkpoint_folder):
     """In chunks too; a prompt that was computed before is computed again for them."""
     tokens = ids(150)
     decoder = model.load(checkpoint_folder())
-    told = decoder(torch.tensor([tokens]), model.KVCache(2, decoder.clip_ratios))[0].log_softmax(1)
+    told = decoder(torch.tensor([tokens]), model.KVCache(2, decoder.kv_cache))[0].log_softmax(1)
     engine.generate([tokens], greedily(1))
     params = SamplingParams(max_tokens=0, prompt_logprobs=2)
     small = fresh(loaded, max_num_batched_tokens=37, ahead=engine.ahead)

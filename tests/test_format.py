@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from qoq.checkpoint import Checkpoint, pack_linear
 from qoq.models.architecture import LINEARS
-from qoq.quant import QuantizedLinear, quantize_kv, quantize_rows, round_to_nearest
+from qoq.models.decoder import simulated_cache
+from qoq.quant import QuantizedLinear, quantize_rows, round_to_nearest
+from qoq.recipe import KVCache
 
 DTYPES = {"F16": "<f2", "I8": "<u1"}
 
@@ -159,19 +161,20 @@ def test_the_golden_vectors(kind):
     assert np.array_equal(codes(tensors["qweight"].numpy().view(np.uint8)), tensors["codes"].numpy())
 
 
-def test_the_cache_rows():
+@pytest.mark.parametrize(("bits", "ratios"), [(4, (1.0, 0.92, 0.84)), (8, (1.0,))])
+def test_the_cache_rows(bits, ratios):
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).half().float().numpy()
-    ratios = (1.0, 0.92, 0.84)
+    steps, cache = 2**bits - 1, KVCache(clip_ratios=(1.0, 0.92, 0.84), layers_in_8_bits=(8,))  # layer 4 has 4
     best, least = np.zeros_like(x), np.full(len(x), np.inf)
     for r in ratios:
         low, width = x.min(1), x.max(1) - x.min(1)
         low = (low + width * np.float32((1 - r) / 2)).astype(np.float16).astype(np.float32)[:, None]
-        step = (width * np.float32(r) / np.float32(15)).astype(np.float16).astype(np.float32)[:, None]
-        value = np.rint((x - low) / step).clip(0, 15) * step + low
+        step = (width * np.float32(r) / np.float32(steps)).astype(np.float16).astype(np.float32)[:, None]
+        value = np.rint((x - low) / step).clip(0, steps) * step + low
         error = np.square(value - x).sum(1)
         best[error < least] = value[error < least]
         least = np.minimum(error, least)
-    found = quantize_kv(torch.from_numpy(x), clip_ratios=ratios).dequantize().numpy()
+    found = simulated_cache(cache)(bits, *[torch.from_numpy(x)] * 2)[0].numpy()
     assert np.isclose(best, found).all(1).mean() > 0.95  # near ties may fall either way
     assert math.isclose(np.square(found - x).sum(), least.sum(), rel_tol=1e-3)
 

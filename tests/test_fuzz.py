@@ -223,6 +223,7 @@ def test_report(checkpoint_folder, scratch, data):
 
 WORDS = (
     "name: x\n~seed: ~1~group_size: ~calibration: ~kv_cache: ~clip_ratios: ~modules_to_not_convert: ~{~}~[~]~&a ~*a~- "
+    "~layers_in_8_bits: "
     "~? ~!!int ~!!float ~!!timestamp ~!!python/object:os.system ~!!binary ~2001-99-99~0x~1:60~<<: ~\n~\t~ ~'~\"~nan"
     '~.inf~1e999~|~%YAML 9\n~---\n~#~name: "\\uD800"\n~seed: 99999999999999999999999\n~\x00~é'
 ).split("~")

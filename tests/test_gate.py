@@ -93,9 +93,10 @@ def made(checkpoint_folder):
     return Checkpoint(checkpoint_folder())
 
 
-def with_losses(monkeypatch, folder, kl, layers):
-    """A report with these divergences by cause and these errors of layers."""
-    rows = [{"layer": i, "causes": {"w4": value, "a8": 0.0}} for i, value in enumerate(layers)]
+def with_losses(monkeypatch, folder, kl, weights, cache=(0.1, 0.1)):
+    """A report with these divergences by cause, and these errors of layers by their weights and by their cache."""
+    causes = [{"w4": w, "a8": 0.0, "k4": k, "v4": 0.0} for w, k in zip(weights, cache, strict=True)]
+    rows = [{"layer": i, "causes": own} for i, own in enumerate(causes)]
     monkeypatch.setattr(
         folder, "report", lambda: {"kl": dict(zip(("w4", "a8", "k4", "v4"), kl, strict=True)), "layers": rows}
     )
@@ -119,12 +120,54 @@ def test_the_worst_layer_is_named(made, monkeypatch):
     assert isinstance(same_top1, Change) and same_top1.estimate["same_top1"] == pytest.approx(1 - 0.1 * part**0.5)
 
 
+def test_the_worst_cache_is_named(made, monkeypatch):
+    """It is preferred where it is enough: the checkpoint stays as large as it is."""
+    with_losses(monkeypatch, made, (0.4, 0.0, 0.2, 0.4), (0.1, 0.3), cache=(0.3, 0.1))
+    measured = {"mean_kl": 0.1, "size_bytes": 1e6, "tokens_per_second": 50.0}
+    found = change_for(made, measured, mean_kl=0.06, size_bytes=10**6, tokens_per_second=10.0)
+    assert isinstance(found, Change) and found.recipe == {"kv_cache.layers_in_8_bits": [0]}
+    part = 1 - 0.6 * 0.75 * (1 - 1 / 289)
+    assert found.estimate == pytest.approx({"mean_kl": 0.1 * part, "size_bytes": 1e6})
+    token = 2 * 2 * (32 + 4)  # K and V of two heads
+    assert found.why == (
+        f"cache layers 0 in 8 bits: {token + 2 * 2 * (64 + 4)} bytes a token instead of {2 * token}; "
+        "slower by what is to be measured"
+    )
+    both = change_for(made, measured, mean_kl=0.041)
+    assert isinstance(both, Change) and both.recipe == {"kv_cache.layers_in_8_bits": [0, 1]}
+    assert both.why.startswith("cache all layers in 8 bits: ")
+
+
+def test_weights_are_named_beside_a_whole_cache(made, monkeypatch):
+    with_losses(monkeypatch, made, (0.5, 0.0, 0.2, 0.3), (0.1, 0.4))
+    found = change_for(made, {"mean_kl": 0.1, "size_bytes": 1.0}, mean_kl=0.02)
+    assert isinstance(found, Change)
+    assert found.recipe == {"kv_cache.layers_in_8_bits": [0, 1], "modules_to_not_convert": ["model.layers.1"]}
+    size = size_in_bytes(made.spec, 128, made.kv_cache, half_linears(made.spec, ["model.layers.1"]))
+    assert found.estimate["mean_kl"] == pytest.approx(0.1 * (1 - 0.5 * (1 - 1 / 289) - 0.5 * 0.8))
+    assert found.why.endswith(f"; leave layers 1 in 16 bits: {size} bytes")
+
+
+def test_what_is_an_exception_already_stays_one(made, monkeypatch):
+    """An 8-bit cache is not offered twice, nor a layer that is in 16 bits."""
+    with_losses(monkeypatch, made, (0.4, 0.0, 0.2, 0.4), (0.1, 0.3), cache=(0.1, 0.3))
+    monkeypatch.setattr(made, "kv_cache", dataclasses.replace(made.kv_cache, layers_in_8_bits=(1,)))
+    found = change_for(made, {"mean_kl": 0.1}, mean_kl=0.09)
+    assert isinstance(found, Change) and found.recipe == {"kv_cache.layers_in_8_bits": [0, 1]}
+    monkeypatch.setattr(made, "half_precision", half_linears(made.spec, ["model.layers.1"]))
+    assert "estimated to be too much" in change_for(made, {"mean_kl": 0.1}, mean_kl=0.001)
+
+
 def test_where_no_layer_helps(made, monkeypatch):
     with_losses(monkeypatch, made, (0.1, 0.0, 0.5, 0.4), (0.1, 0.3))
-    assert "the 4-bit cache makes 90 % of the loss" in change_for(made, {"mean_kl": 0.1}, mean_kl=0.05)
+    assert change_for(made, {"mean_kl": 0.1}, mean_kl=0.001) == (
+        "it is estimated to be too much with an 8-bit cache and all layers but one in 16 bits"
+    )
     monkeypatch.setattr(made, "report", lambda: {})
     assert "no qoq_report.json with the losses" in change_for(made, {"mean_kl": 0.1}, mean_kl=0.05)
     with_losses(monkeypatch, made, (0.0,) * 4, (0.0, 0.0))
+    assert "no usable losses" in change_for(made, {"mean_kl": 0.1}, mean_kl=0.05)
+    with_losses(monkeypatch, made, (0.1,) * 4, (0.1, 0.1, 0.1), (0.1, 0.1, 0.1))
     assert "no usable losses" in change_for(made, {"mean_kl": 0.1}, mean_kl=0.05)
 
 
@@ -166,9 +209,10 @@ def test_accept_and_reject(qoq, checkpoint_folder, budget_file):
     verdict = json.loads(out)
     assert (code, verdict["verdict"]) == (2, "REJECT") and err == ""
     assert [one["name"] for one in verdict["checks"] if not one["passed"]] == ["mean_kl"]
-    assert verdict["change"]["recipe"]["modules_to_not_convert"][0].startswith("model.layers.")
+    (layer,) = verdict["change"]["recipe"]["kv_cache.layers_in_8_bits"]
     code, out, _ = qoq("gate", folder, budget_file(mean_kl=values["mean_kl"] / 1.01))
-    assert code == 2 and "REJECT\nsmallest change: leave layers" in out
+    assert code == 2 and f"REJECT\nsmallest change: cache layers {layer} in 8 bits: " in out
+    assert f"\n  in the recipe: kv_cache.layers_in_8_bits: [{layer}]\n" in out
 
 
 def test_the_same_figures_as_compare(qoq, llama, checkpoint_folder, budget_file, text_file):
@@ -203,16 +247,19 @@ def test_quantize_ends_at_the_gate(qoq, llama, settings_file, budget_file, tmp_p
     assert Checkpoint(tmp_path / "out").group_size == 128  # rejected, and kept
 
 
-def test_what_it_names_does_pass(qoq, llama, settings_file, budget_file, tmp_path, checkpoint_folder):
-    """Follow the advice: the next run is accepted."""
+@pytest.mark.parametrize(("share", "keys"), [(0.8, ["kv_cache.layers_in_8_bits"]), (0.3, None)])
+def test_what_it_names_does_pass(qoq, llama, settings_file, budget_file, tmp_path, checkpoint_folder, share, keys):
+    """Follow the advice, an 8-bit cache or that and linears in 16 bits: the next run is accepted."""
     code, out, _ = qoq("gate", checkpoint_folder(), budget_file(mean_kl=1000.0), "--json")
     measured = json.loads(out)["checks"][0]["value"]
-    budget = budget_file(mean_kl=0.8 * measured)
+    budget = budget_file(mean_kl=share * measured)
     verdict = json.loads(qoq("gate", checkpoint_folder(), budget, "--json")[1])
-    names = verdict["change"]["recipe"]["modules_to_not_convert"]
-    leave = [word for name in names for word in ("--leave", name)]
+    change = verdict["change"]["recipe"]
+    assert list(change) == (keys or ["kv_cache.layers_in_8_bits", "modules_to_not_convert"])
+    options = ["--kv8", ",".join(map(str, change["kv_cache.layers_in_8_bits"]))]
+    options += [word for name in change.get("modules_to_not_convert", []) for word in ("--leave", name)]
     command = ["quantize", "--model", llama, "--recipe", settings_file, "--output", tmp_path / "out", "--json"]
-    code, out, err = qoq(*command, *leave, "--gate", budget)
+    code, out, err = qoq(*command, *options, "--gate", budget)
     assert code == 0 and json.loads(out)["gate"]["verdict"] == "ACCEPT", (err, out)
 
 

@@ -18,6 +18,7 @@ from qoq.models.architecture import LINEARS
 from qoq.models.decoder import KVTransform, QuantizedLayer, rotary_embedding
 from qoq.models.source import open_source
 from qoq.quant import QuantizedLinear, round_to_nearest
+from qoq.recipe import KVCache
 
 CAUSES = ["w4", "a8", "k4", "v4", "all"]
 T = 24
@@ -42,7 +43,7 @@ def rounded(source, group_size=128, kv=KVTransform(True)):  # noqa: B008
 
 def causes(source, layer, quantized, drift=None):
     drift = drift or drift_of(source)
-    return drift.advance(insight.variants(layer, quantized, source.spec, 0, drift.rope, (1.0,)))
+    return drift.advance(insight.variants(layer, quantized, source.spec, 0, drift.rope, KVCache()))
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -91,7 +92,7 @@ def test_errors_travel_to_the_end(llama):
     drift = drift_of(source)
     start = drift.hidden[""]
     first = causes(source, layer, quantized, drift)
-    through = insight.variants(layer, quantized, source.spec, 0, drift.rope, (1.0,))
+    through = insight.variants(layer, quantized, source.spec, 0, drift.rope, KVCache())
     for cause in CAUSES:
         assert insight.token_error(drift.hidden[cause], drift.hidden[""]) == pytest.approx(first[cause])
         assert torch.equal(drift.hidden[cause], through[cause](start))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qoq import paged, quant
+from qoq import paged, quant, recipe
 from qoq.models import decoder
 from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, HeadNorms, Layout
@@ -65,7 +65,7 @@ def test_what_is_gathered_is_what_the_decoder_would_cache(layout, transform):
             rows = quantize_kv(rows, layout.bits, RATIOS).dequantize()
         assert torch.equal(found, rows[0].transpose(0, 1).float())
     if layout.bits == 4:
-        cached = KVCache(1, RATIOS)(0, keys, values)
+        cached = KVCache(1, recipe.KVCache(clip_ratios=RATIOS))(0, keys, values)
         assert torch.equal(k, cached[0][0].transpose(0, 1)) and torch.equal(v, cached[1][0].transpose(0, 1))
 
 

@@ -30,6 +30,7 @@ def test_the_default_and_the_baselines_ship():
 
 
 SWITCHES = [field.name for field in dataclasses.fields(Recipe) if field.type is bool]
+LAYERS = st.sets(st.integers(0, 100)).map(lambda layers: tuple(sorted(layers)))
 RATIOS = st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=5).map(tuple)
 
 
@@ -38,7 +39,9 @@ RATIOS = st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=5).map
         Recipe,
         name=st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"])),
         group_size=st.sampled_from([128, 64, -1]),
-        kv_cache=st.builds(KVCache, rotate=st.booleans(), offset=st.booleans(), clip_ratios=RATIOS),
+        kv_cache=st.builds(
+            KVCache, rotate=st.booleans(), offset=st.booleans(), clip_ratios=RATIOS, layers_in_8_bits=LAYERS
+        ),
         weights=st.builds(Weights, grid=st.sampled_from(["round", "search"]), gptq=st.booleans()),
         calibration=st.builds(Calibration, dataset=st.just("c4"), nsamples=st.integers(1), seqlen=st.integers(2)),
         seed=st.integers(0, 2**63 - 1),
@@ -84,6 +87,11 @@ NAMELESS = ("group_size: 64", "", "- 1")
         ("kv_cache: {clip_ratios: [1, 0]}", "here: kv_cache.clip_ratios: .*, expected numbers above 0 and up to 1"),
         ("kv_cache: {clip_ratios: [1.1]}", "here: kv_cache.clip_ratios: .*, expected numbers above 0 and up to 1"),
         ("kv_cache: {clip_ratios: [.nan]}", "here: kv_cache.clip_ratios: .*nan"),
+        ("kv_cache: {layers_in_8_bits: 3}", "here: kv_cache.layers_in_8_bits: 3, expected a list"),
+        ("kv_cache: {layers_in_8_bits: [a]}", r"here: kv_cache.layers_in_8_bits\[0\]: 'a', expected of type int"),
+        ("kv_cache: {layers_in_8_bits: [-1]}", r"here: kv_cache.layers_in_8_bits: \[-1\], expected numbers of layers"),
+        ("kv_cache: {layers_in_8_bits: [3, 1]}", r"here: kv_cache.layers_in_8_bits: \[3, 1\], expected .*ascending"),
+        ("kv_cache: {layers_in_8_bits: [1, 1]}", r"here: kv_cache.layers_in_8_bits: \[1, 1\], expected .*each once"),
         ("group_size: -1\nweights: {whole_zeros: true}", "here: weights.whole_zeros: True, expected false where"),
         ("weights: {grid: seek}", "here: weights.grid: 'seek', expected 'round' or 'search'"),
         ("calibration: {nsamples: 0}", "here: calibration.nsamples: 0, expected at least 1"),

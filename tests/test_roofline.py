@@ -70,7 +70,7 @@ def test_the_cache_is_as_large_as_its_pages(name, bits):
 
 
 def test_a_cache_of_other_bits_is_refused():
-    with pytest.raises(ValueError, match="^bits is 2, expected 4, 8 or 16$"):
+    with pytest.raises(ValueError, match="^bits is 2, expected 4 to 8, or 16$"):
         roofline.kv_bytes(LLAMA, 2)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import VOCAB, WINDOW, relative
 
+from qoq import recipe
 from qoq.errors import CheckpointError
 from qoq.paged import pack_codes, unpack_codes
 from qoq.quant import quantize_kv
@@ -17,7 +18,7 @@ def some_ids(length=3 * WINDOW):
 
 def in_parts(decoder, ids, sizes):
     """Logits of ids (1, T) fed in parts of these sizes."""
-    cache, logits = KVCache(len(decoder.blocks), decoder.clip_ratios), []
+    cache, logits = KVCache(len(decoder.blocks), decoder.kv_cache), []
     for chunk in ids.split(sizes, dim=1):
         logits.append(decoder(chunk, cache, start=cache.length))
     assert cache.length == ids.shape[1]
@@ -37,7 +38,7 @@ def test_prefill_in_parts_is_one_prefill(any_checkpoint):
 def test_a_batch_is_its_rows(any_checkpoint):
     decoder, ids = model.load(any_checkpoint), some_ids(24)
     other = ids.flip(1)
-    both = decoder(torch.cat((ids, other)), KVCache(len(decoder.blocks), decoder.clip_ratios))
+    both = decoder(torch.cat((ids, other)), KVCache(len(decoder.blocks), decoder.kv_cache))
     assert relative(both[0], in_parts(decoder, ids, [24])[0]) < 1e-3
     assert relative(both[1], in_parts(decoder, other, [24])[0]) < 1e-3
 
@@ -46,7 +47,7 @@ def test_greedy_decoding_is_repeated_prefill(any_checkpoint):
     decoder, ids = model.load(any_checkpoint), some_ids(8)[0].tolist()
     tokens = list(greedy(decoder, ids, 24))
     for token in tokens:
-        logits = decoder(torch.tensor([ids]), KVCache(len(decoder.blocks), decoder.clip_ratios))[0, -1]
+        logits = decoder(torch.tensor([ids]), KVCache(len(decoder.blocks), decoder.kv_cache))[0, -1]
         assert logits[token] >= logits.max() - 1e-3 * logits.abs().max()
         ids.append(token)
     assert len(tokens) == 24
@@ -82,7 +83,7 @@ def test_a_damaged_checkpoint_is_not_loaded(copy_of, checkpoint_folder):
 
 def test_the_cache_holds_four_bits_a_value():
     generator = torch.Generator().manual_seed(0)
-    cache = KVCache(1, (1.0, 0.9))
+    cache = KVCache(1, recipe.KVCache(clip_ratios=(1.0, 0.9)))
     parts = [torch.randn(1, 2, n, 32, generator=generator).half() for n in (5, 1, 3)]
     for part in parts:
         k, v = cache(0, part, -part)
@@ -91,6 +92,17 @@ def test_the_cache_holds_four_bits_a_value():
     for found, rows in ((k, whole), (v, -whole)):
         assert torch.equal(found, quantize_kv(rows, clip_ratios=(1.0, 0.9)).dequantize())
     assert sum(chunk.codes.numel() for chunk in cache.keys[0]) == whole.numel() // 2
+
+
+def test_a_layer_may_have_eight_bits_a_value():
+    """Alone of the layers, and without the search."""
+    x = torch.randn(1, 2, 5, 32, generator=torch.Generator().manual_seed(0)).half()
+    cache = KVCache(2, recipe.KVCache(clip_ratios=(0.9, 0.5), layers_in_8_bits=(1,)))
+    four, eight = cache(0, x, -x), cache(1, x, -x)
+    assert torch.equal(four[0], quantize_kv(x, 4, (0.9, 0.5)).dequantize())
+    assert torch.equal(eight[0], quantize_kv(x, 8).dequantize())
+    assert torch.equal(eight[1], quantize_kv(-x, 8).dequantize())
+    assert [chunks[0].codes.shape[-1] for chunks in cache.keys] == [16, 32] and cache.length == 5
 
 
 def test_codes_are_packed_even_dimension_low():

@@ -63,7 +63,7 @@ def loaded(checkpoint_folder):
 
 def assert_logits_are_the_runtimes(folder):
     ids, decoder = torch.cat((some_ids(3 * WINDOW), some_ids(3 * WINDOW, 1))), runtime.load(folder)
-    expected = decoder(ids, runtime.KVCache(2, decoder.clip_ratios))
+    expected = decoder(ids, runtime.KVCache(2, decoder.kv_cache))
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = model(ids).logits
     assert found.dtype == torch.float32 and not found.requires_grad
@@ -187,12 +187,12 @@ def test_the_cache_holds_four_bits(loaded, family, tokens):
         assert stored.dtype == torch.uint8 and stored.shape == (1, 2, tokens, 64 // 2 + 4)
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([64, 96, 128, 256]))
-def test_bytes_of_the_cache_come_back(seed, dim):
-    rows = quantize_kv(torch.randn(2, 3, 4, dim, generator=torch.Generator().manual_seed(seed)))
-    stored = to_bytes(rows)
-    assert stored.shape == (2, 3, 4, dim // 2 + 4)
-    found = from_bytes(torch.cat((stored, stored), dim=2)[:, :, 3:-1])
+@given(st.integers(0, 2**32 - 1), st.sampled_from([64, 96, 128, 256]), st.sampled_from([4, 8]))
+def test_bytes_of_the_cache_come_back(seed, dim, bits):
+    rows = quantize_kv(torch.randn(2, 3, 4, dim, generator=torch.Generator().manual_seed(seed)), bits)
+    stored = to_bytes(rows, bits)
+    assert stored.shape == (2, 3, 4, dim * bits // 8 + 4)
+    found = from_bytes(torch.cat((stored, stored), dim=2)[:, :, 3:-1], bits)
     for name in ("codes", "scale", "minimum"):
         expected = getattr(rows, name)
         assert torch.equal(getattr(found, name), torch.cat((expected[:, :, 3:], expected[:, :, :-1]), dim=2))
@@ -255,7 +255,7 @@ def test_quantized_caches_are_refused(loaded):
         cache = QuantizedCache("fp8", loaded().config)
     except ValueError:
         pytest.skip("this transformers has no quantized cache that needs no other package")
-    with pytest.raises(ModelError, match="the cache of a qoq model is in four bits already"):
+    with pytest.raises(ModelError, match="the cache of a qoq model is quantized already"):
         loaded()(some_ids(4), past_key_values=cache)
 
 

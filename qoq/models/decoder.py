@@ -6,7 +6,7 @@ V. Values are rounded to the dtype of x between the steps; norms, SwiGLU and RoP
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from qoq.errors import ModelError
 from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.quant import HalfLinear, StoredLinear, hadamard, quantize_kv, quantize_rows, rms_norm, silu_mul
+from qoq.recipe import KVCache
 
 Linear = Callable[[Tensor], Tensor]
 # (layer, k, v) of the new tokens -> all keys and values that attention may see, both (B, Hkv, T, D)
@@ -178,7 +179,7 @@ class Decoder:
     norm: Tensor  # (hidden,)
     lm_head: Tensor  # (vocab, hidden) float32
     rope: Callable[[Tensor], Rope]
-    clip_ratios: Sequence[float] = (1.0,)  # of the cache quantizer
+    kv_cache: KVCache = field(default_factory=KVCache)  # what its cache does
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
@@ -249,10 +250,12 @@ def simulated_linear(linear: StoredLinear, dtype: torch.dtype) -> Linear:
     return forward
 
 
-def simulated_cache(clip_ratios: Sequence[float]) -> Cache:
-    """A cache without memory: what KV4 makes of the tokens at hand."""
+def simulated_cache(kv_cache: KVCache) -> Cache:
+    """A cache without memory: what quantization makes of the tokens at hand."""
 
     def cache(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(quantize_kv(x, clip_ratios=clip_ratios).dequantize().to(x.dtype) for x in (k, v))  # type: ignore
+        bits = kv_cache.bits(index)
+        ratios = kv_cache.ratios(bits)
+        return tuple(quantize_kv(x, bits, ratios).dequantize().to(x.dtype) for x in (k, v))  # type: ignore
 
     return cache

@@ -115,12 +115,13 @@ def cache_room(engine: LLMEngine, utilization: float) -> int:
         return cache_tokens(engine)
     free, total = torch.cuda.mem_get_info(engine.device)
     spare = max(int(total * utilization) - (total - free), 0)
-    return cache_tokens(engine) + spare // page_bytes(engine.plain.spec, engine.plain.cache.layout) * PAGE
+    return cache_tokens(engine) + spare // page_bytes(engine.plain.spec, engine.plain.cache.layouts) * PAGE
 
 
-def kv_bits(engine: LLMEngine) -> int:
-    """Of the KV cache."""
-    return engine.plain.cache.layout.bits
+def kv_bits(engine: LLMEngine) -> float:
+    """Of the KV cache: of each layer, or their mean where some of a 4-bit cache have 8."""
+    bits = [layout.bits for layout in engine.plain.cache.layouts]
+    return bits[0] if len(set(bits)) == 1 else statistics.fmean(bits)
 
 
 def dimensions(spec: ModelSpec) -> Dimensions:

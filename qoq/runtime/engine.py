@@ -14,7 +14,7 @@ from qoq.errors import QoqError
 from qoq.kernels.attention import MAX_BATCH
 from qoq.paged import PAGE
 from qoq.runtime.batch import Batches, to_device
-from qoq.runtime.cache import layout_of, page_bytes
+from qoq.runtime.cache import page_bytes
 from qoq.runtime.executor import Executor
 from qoq.runtime.graphs import GraphExecutor
 from qoq.runtime.loading import check_range, device_of, eos_token_ids, free_bytes
@@ -141,7 +141,7 @@ class LLMEngine:
         """Load a checkpoint, from its folder or as it is open.
 
         Args:
-            kv_bits: of the KV cache: 4, 8 or 16.
+            kv_bits: of the KV cache: 8, 16, or 4, with 8 in the layers that the checkpoint names.
             max_model_len: tokens of the longest request, answer included; the model's own limit unless given.
             max_num_seqs: requests that run at a time.
             max_num_batched_tokens: tokens that a step computes.
@@ -161,13 +161,13 @@ class LLMEngine:
         tokenizer, longest = checkpoint.tokenizer(), checkpoint.config.max_position_embeddings
         wanted = longest if max_model_len is None else max_model_len
         check_range("max_model_len", wanted, 2, longest)
-        layout = layout_of(checkpoint.spec, kv_bits)
         executor = Executor(checkpoint, where, wanted, max_num_seqs, kv_bits, precision)
         if memory_bytes is None:
             memory_bytes = CPU_CACHE_BYTES
             if where.type == "cuda":
                 memory_bytes = free_bytes(executor, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization)
-        count = min(memory_bytes // page_bytes(checkpoint.spec, layout), max_num_seqs * executor.max_pages)
+        page = page_bytes(checkpoint.spec, executor.cache.layouts)
+        count = min(memory_bytes // page, max_num_seqs * executor.max_pages)
         room = count * PAGE
         if room < (max_model_len or PAGE):
             raise QoqError(f"{memory_bytes} bytes of KV cache hold {max(room, 0)} tokens, max_model_len is {wanted}")

@@ -19,9 +19,9 @@ from qoq.kernels.attention import Workspace
 from qoq.layout import OFFSETS
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
 from qoq.models.decoder import KVTransform, Rope, rotary_embedding, visible
-from qoq.paged import PAGE, HeadNorms, rope_tables
+from qoq.paged import PAGE, HeadNorms, Layout, rope_tables
 from qoq.runtime.batch import Batch, Prefill
-from qoq.runtime.cache import PagedCache, layout_of
+from qoq.runtime.cache import PagedCache, layouts_of
 from qoq.runtime.linear import PRECISIONS, Precision, Stage, fuse_swiglu, load_linear
 
 
@@ -32,6 +32,8 @@ class Layer:
     input_norm: Tensor
     qkv: Stage
     kv: KVTransform
+    cache_layout: Layout
+    clip_ratios: tuple[float, ...]
     head_norms: HeadNorms | None
     window: int | None
     o: Stage
@@ -46,7 +48,7 @@ class Executor:
     Args:
         max_model_len: positions that a sequence may have.
         max_requests: sequences of one step.
-        bits: of the cache's values.
+        bits: of the cache's values; with 4, layers that the checkpoint names have 8.
         precision: of linears and their inputs, one of PRECISIONS.
 
     Raises:
@@ -66,11 +68,12 @@ class Executor:
             raise QoqError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
         self.spec, self.device = checkpoint.spec, device
         self.max_pages = -(-max_model_len // PAGE)
-        self.cache = PagedCache.allocate(self.spec, layout_of(self.spec, bits), 0, device)
-        self.clip_ratios = checkpoint.kv_cache.clip_ratios if bits == 4 else (1.0,)
+        layouts = layouts_of(self.spec, checkpoint.kv_cache, bits)
+        self.cache = PagedCache.allocate(self.spec, layouts, 0, device)
         self.embedding = checkpoint.tensor(EMBEDDING).to(device)
-        layers = range(self.spec.num_layers)
-        self.layers = [load_layer(checkpoint, index, device, PRECISIONS[precision]) for index in layers]
+        self.layers = [
+            load_layer(checkpoint, index, device, PRECISIONS[precision], layout) for index, layout in enumerate(layouts)
+        ]
         self.norm = checkpoint.tensor(FINAL_NORM).to(device)
         # half precision has no fast product on a CPU
         self.lm_head = checkpoint.tensor(LM_HEAD).to(device, torch.float32 if device.type == "cpu" else torch.float16)
@@ -81,7 +84,7 @@ class Executor:
 
     def allocate(self, pages: int) -> None:
         """Give the cache so many pages, all empty."""
-        self.cache = PagedCache.allocate(self.spec, self.cache.layout, pages, self.device)
+        self.cache = PagedCache.allocate(self.spec, self.cache.layouts, pages, self.device)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
@@ -101,7 +104,7 @@ class Executor:
 
     def _attend(self, layer: Layer, cache: Tensor, qkv: Tensor, batch: Batch) -> Tensor:
         """qkv (T, (Hq + 2 Hkv) * D) float16 -> what o_proj takes, (T, Hq * D) float16."""
-        layout, decodes, v_offset = self.cache.layout, batch.decodes, layer.kv.v_offset
+        layout, decodes, v_offset = layer.cache_layout, batch.decodes, layer.kv.v_offset
         q = rope_kv4_append(
             qkv,
             self.rope,
@@ -110,7 +113,7 @@ class Executor:
             cache,
             layout,
             layer.kv,
-            self.clip_ratios,
+            layer.clip_ratios,
             layer.head_norms,
         )
         parts = []
@@ -167,7 +170,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, prefill: Prefill, window: i
     return out[0]
 
 
-def load_layer(checkpoint: Checkpoint, index: int, device: torch.device, precision: Precision) -> Layer:
+def load_layer(
+    checkpoint: Checkpoint, index: int, device: torch.device, precision: Precision, cache_layout: Layout
+) -> Layer:
     """Layer `index` of a checkpoint.
 
     Raises:
@@ -185,6 +190,8 @@ def load_layer(checkpoint: Checkpoint, index: int, device: torch.device, precisi
         input_norm=norms["input_layernorm"],
         qkv=linear("self_attn", "q", "k", "v"),
         kv=KVTransform(checkpoint.kv_cache.rotate, *offsets).to(device),
+        cache_layout=cache_layout,
+        clip_ratios=checkpoint.kv_cache.ratios(cache_layout.bits),
         head_norms=_head_norms(spec, norms),
         window=spec.windows[index],
         o=linear("self_attn", "o"),

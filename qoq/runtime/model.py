@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qoq import recipe
 from qoq.checkpoint import Checkpoint
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD
 from qoq.models.decoder import Block, Decoder, packed_block, rotary_embedding, simulated_block
@@ -40,13 +41,13 @@ def load(folder: str | Path | Checkpoint, simulate: bool = False, device: str = 
         norm=checkpoint.tensor(FINAL_NORM).to(device, torch.float32),
         lm_head=checkpoint.tensor(LM_HEAD).to(device, torch.float32),
         rope=rotary_embedding(checkpoint.config),
-        clip_ratios=checkpoint.kv_cache.clip_ratios,
+        kv_cache=checkpoint.kv_cache,
     )
 
 
 def greedy(decoder: Decoder, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
     """The most likely continuation of a prompt, token by token, with a KV4 cache."""
-    cache, ids = KVCache(len(decoder.blocks), decoder.clip_ratios), list(token_ids)
+    cache, ids = KVCache(len(decoder.blocks), decoder.kv_cache), list(token_ids)
     for _ in range(max_tokens):
         token = int(
             decoder(torch.tensor([ids], device=decoder.embedding.device), cache, start=cache.length)[0, -1].argmax()
@@ -58,26 +59,28 @@ def greedy(decoder: Decoder, token_ids: Sequence[int], max_tokens: int) -> Itera
 class KVCache:
     """The cache of one sequence, or of several alike: 4-bit codes, two to a byte, with a scale and a minimum a row.
 
-    Called with the new keys and values of a layer, it stores them and returns all as attention sees them.
+    Layers that `quantizer` names have 8-bit codes. Called with the new keys and values of a layer, it stores them and
+    returns all as attention sees them.
     """
 
-    def __init__(self, num_layers: int, clip_ratios: Sequence[float] = (1.0,)):
-        self.clip_ratios = clip_ratios
+    def __init__(self, num_layers: int, quantizer: recipe.KVCache):
+        self.quantizer = quantizer
         self.keys: list[list[QuantizedKV]] = [[] for _ in range(num_layers)]
         self.values: list[list[QuantizedKV]] = [[] for _ in range(num_layers)]
         self.length = 0  # tokens in the last layer, hence in all
 
     def __call__(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, Hkv, T, D) of the new tokens -> the same for all tokens, (B, Hkv, Tall, D) float32."""
-        self.keys[layer].append(pack_codes(quantize_kv(k, clip_ratios=self.clip_ratios)))
-        self.values[layer].append(pack_codes(quantize_kv(v, clip_ratios=self.clip_ratios)))
+        bits = self.quantizer.bits(layer)
+        for chunks, x in ((self.keys[layer], k), (self.values[layer], v)):
+            chunks.append(pack_codes(quantize_kv(x, bits, self.quantizer.ratios(bits)), bits))
         if layer == len(self.keys) - 1:
             self.length += k.shape[2]
-        return _all(self.keys[layer]), _all(self.values[layer])
+        return _all(self.keys[layer], bits), _all(self.values[layer], bits)
 
 
-def _all(chunks: list[QuantizedKV]) -> Tensor:
+def _all(chunks: list[QuantizedKV], bits: int) -> Tensor:
     """Concatenate the chunks along tokens (once: they are replaced by their concatenation) and dequantize."""
     fields = (torch.cat([getattr(chunk, name) for chunk in chunks], dim=2) for name in ("codes", "scale", "minimum"))
     chunks[:] = [QuantizedKV(*fields)]
-    return unpack_codes(chunks[0]).dequantize()
+    return unpack_codes(chunks[0], bits).dequantize()
