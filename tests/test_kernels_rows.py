@@ -93,6 +93,16 @@ def test_wrong_norm_arguments_are_refused():
         kernels.rmsnorm(torch.zeros(1, 16392).half(), torch.zeros(16392).half(), 1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param(CUDA, marks=[pytest.mark.gpu, needs_gpu])])
+def test_rows_in_parts_are_rows_one_behind_the_other(device: str, poisoned: None):
+    torch.manual_seed(3)
+    x = selftest.random_rows(12, 40).to(device)
+    for counts in ((12,), (5, 7), (1, 0, 11)):
+        assert selftest.wrong_rows(kernels.quant_rows(*x.split(counts)), quant.quantize_rows(x.cpu())) == 0
+    with pytest.raises(ValueError, match=r"x: torch.float16 \(2, 48\), expected torch.float16 \(\*, 40\)"):
+        kernels.quant_rows(x, torch.zeros(2, 48, device=device).half())
+
+
 def test_no_rows_is_no_error():
     out = kernels.quant_rows(torch.zeros(0, 16).half())
     assert out.x8.shape == (0, 16) and out.sx.shape == (0,) and out.sums.shape == (0,)

@@ -105,20 +105,25 @@ def _check_rows(name: str, x: Tensor, width: int, widest: int) -> None:
         raise ValueError(f"{name}: rows of {width}, expected a multiple of 8 up to {widest}")
 
 
-def _empty_rows(x: Tensor, width: int) -> QuantizedRows:
-    count = x.shape[0]
+def _empty_rows(count: int, width: int, device: torch.device) -> QuantizedRows:
     return QuantizedRows(
-        torch.empty(count, width, dtype=torch.int8, device=x.device),
-        torch.empty(count, dtype=torch.float32, device=x.device),
-        torch.empty(count, dtype=torch.int32, device=x.device),
+        torch.empty(count, width, dtype=torch.int8, device=device),
+        torch.empty(count, dtype=torch.float32, device=device),
+        torch.empty(count, dtype=torch.int32, device=device),
     )
 
 
-def quant_rows(x: Tensor) -> QuantizedRows:
-    """A8 of x (M, K) float16, K % 8 == 0."""
-    _check_rows("x", x, x.shape[-1], MAX_WIDTH)
-    out = _empty_rows(x, x.shape[1])
-    _quant_rows(x, out.x8, out.sx, out.sums)
+def quant_rows(*parts: Tensor) -> QuantizedRows:
+    """A8 of x (M, K) float16, K % 8 == 0; of several x, their rows one behind the other."""
+    first = parts[0]
+    for x in parts:
+        _check_rows("x", x, first.shape[-1], MAX_WIDTH)
+        expect("x", x, torch.float16, (None, first.shape[-1]), like=first)
+    counts = [len(x) for x in parts]
+    out = _empty_rows(sum(counts), first.shape[1], first.device)
+    outputs = (each.split(counts) for each in (out.x8, out.sx, out.sums))
+    for x, *own in zip(parts, *outputs, strict=True):
+        _quant_rows(x, *own)
     return out
 
 
@@ -143,7 +148,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 def rmsnorm_quant(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> QuantizedRows:
     """A8 of `rmsnorm`, with the same effect on x."""
     _check_norm(x, weight, residual)
-    out = _empty_rows(x, x.shape[1])
+    out = _empty_rows(len(x), x.shape[1], x.device)
     _rmsnorm_quant(x, weight, eps, residual, out.x8, out.sx, out.sums)
     return out
 
@@ -153,6 +158,6 @@ def silu_mul_quant(gate_up: Tensor) -> QuantizedRows:
     width = gate_up.shape[-1] // 2
     _check_rows("gate_up", gate_up, width, MAX_WIDTH)
     expect("gate_up", gate_up, torch.float16, (None, 2 * width))
-    out = _empty_rows(gate_up, width)
+    out = _empty_rows(len(gate_up), width, gate_up.device)
     _silu_mul_quant(gate_up, out.x8, out.sx, out.sums)
     return out

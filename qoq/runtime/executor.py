@@ -92,7 +92,7 @@ class Executor:
         x, eps = self.embedding[batch.ids], self.spec.rms_norm_eps
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
             qkv = layer.qkv.linear(layer.qkv.to.norm(x, layer.input_norm, eps), None)
-            x = layer.o.linear(layer.o.to.rows(self._attend(layer, cache, qkv, batch)), x)
+            x = layer.o.linear(layer.o.to.rows(*self._attend(layer, cache, qkv, batch)), x)
             gate_up = layer.gate_up.linear(layer.gate_up.to.norm(x, layer.post_norm, eps), None)
             x = layer.down.linear(layer.down.to.silu_mul(gate_up), x)
         return x
@@ -102,8 +102,8 @@ class Executor:
         """(M, hidden) float16 of `hidden` -> (M, vocabulary) float32."""
         return lm_head(rmsnorm(x, self.norm, self.spec.rms_norm_eps), self.lm_head)
 
-    def _attend(self, layer: Layer, cache: Tensor, qkv: Tensor, batch: Batch) -> Tensor:
-        """qkv (T, (Hq + 2 Hkv) * D) float16 -> what o_proj takes, (T, Hq * D) float16."""
+    def _attend(self, layer: Layer, cache: Tensor, qkv: Tensor, batch: Batch) -> list[Tensor]:
+        """qkv (T, (Hq + 2 Hkv) * D) float16 -> what o_proj takes, T rows of Hq * D in parts, float16."""
         layout, decodes, v_offset = layer.cache_layout, batch.decodes, layer.kv.v_offset
         q = rope_kv4_append(
             qkv,
@@ -129,7 +129,7 @@ class Executor:
             else:  # not rounded, as decode attention there
                 k, v = paged.gather(cache, layout, tables, starts, v_offset)
                 parts.append(attention(own, k, v, prefill, layer.window))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+        return [part.flatten(1) for part in parts]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, prefill: Prefill, window: int | None) -> Tensor:

@@ -113,7 +113,7 @@ class Precision:
     """How a layer computes: each pass makes of float16 activations what `linear`'s products take."""
 
     norm: Callable[[Tensor, Tensor, float], Any]  # rows (M, K), weight (K,), eps
-    rows: Callable[[Tensor], Any]  # rows (M, K) as they are
+    rows: Callable[..., Any]  # rows (M, K) as they are; of several tensors one behind the other
     silu_mul: Callable[[Tensor], Any]  # gate and up (M, 2K); behind `fuse_swiglu` perhaps silu(gate) * up (M, K)
     linear: Callable[[Mapping[str, Tensor], str], Linear]  # of a checkpoint's tensors by their suffix, and a name
 
@@ -124,6 +124,10 @@ def w4a8_linear(tensors: Mapping[str, Tensor], name: str) -> PackedLinear | Unpa
     return kind.of(tensors, name)
 
 
+def _join(*parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate).mul_(up)
@@ -131,7 +135,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 PRECISIONS: Mapping[str, Precision] = {
     "w4a8": Precision(rmsnorm_quant, quant_rows, silu_mul_quant, w4a8_linear),
-    "fp16": Precision(rmsnorm, lambda x: x, _silu_mul, FloatLinear.of),
+    "fp16": Precision(rmsnorm, _join, _silu_mul, FloatLinear.of),
 }
 
 
