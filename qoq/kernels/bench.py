@@ -27,7 +27,7 @@ from qoq.kernels.tiling import KERNELS, Card, Config
 from qoq.kernels.timing import Machine, microseconds
 from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, Layout
-from qoq.quant import QuantizedRows
+from qoq.quant import QuantizedRows, quantize_rows
 from qoq.roofline import DataSheet, Dimensions, weight_bytes
 
 logger = logging.getLogger(__name__)
@@ -203,8 +203,8 @@ def random_weights(n: int, k: int, group_size: int, machine: Machine) -> list[Pa
 
 
 def random_rows(m: int, k: int, device: torch.device) -> QuantizedRows:
-    x8 = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
-    return QuantizedRows(x8, torch.full((m,), 1e-2, device=device), x8.sum(1, dtype=torch.int32))
+    """A8 of what the rivals multiply, too."""
+    return quantize_rows(torch.randn(m, k, device=device))
 
 
 def random_matrix(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:

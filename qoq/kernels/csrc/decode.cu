@@ -502,10 +502,9 @@ struct Merged {
 
 // q, out (batch, kv_heads * group, HEAD_DIM); cache (pages, kv_heads, RECORD); block_tables (batch, max_pages);
 // v_offset (kv_heads, HEAD_DIM) or null. settled: before the predecessor began, all was there but q and the last token
-// of each context. max_splits is what max_pages may need. With P = batch * kv_heads * blocks of 8
-// heads and H = min(group, 8), partials holds (P, max_splits, H, HEAD_DIM) sums, then (P, max_splits, H) bases and
-// totals; counters, zero between launches, the ticket, the blocks that are through, and the splits that arrived for
-// each of P.
+// of each context. max_splits is what max_pages may need. With P = batch * kv_heads * blocks of 8 heads and
+// H = min(group, 8), partials holds (P, max_splits, H, HEAD_DIM) sums, then (P, max_splits, H) bases and totals;
+// counters, zero between launches, the ticket, the blocks that are through, and the splits that arrived for each of P.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     kv_decode(const __half* q, const unsigned char* cache, const int32_t* block_tables, const int32_t* context_lens,
               const __half* v_offset, __half* out, float* partials, unsigned* counters, float scale_log2, int batch,
