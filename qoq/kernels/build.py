@@ -258,8 +258,8 @@ class Module:
         """Start the extern "C" kernel `name` on torch's current stream of this device; an empty grid does nothing.
 
         A tensor becomes its data pointer, None a null pointer, an int (or bool) an int32, a float a float32, bytes a
-        struct of theirs.
-        `shared_bytes` is dynamic shared memory. Nothing is allocated or synchronised, so graphs can capture it.
+        struct of theirs. `shared_bytes` is dynamic shared memory. Nothing is allocated or synchronised, so graphs can
+        capture it.
 
         Raises:
             KernelError: the driver refuses the code, or the device has too little shared memory.

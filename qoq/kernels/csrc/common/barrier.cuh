@@ -85,10 +85,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const TensorMap* ma
         : "memory");
 }
 
-// Ordinary writes of this thread to shared memory, cp.async among them, become visible to wgmma and bulk copies of
-// those who learn of it by a barrier.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
