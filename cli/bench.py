@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qoq.cli.output import common_options, in_a_folder, note, print_json
+from qoq.cli.output import Numbers, common_options, in_a_folder, note, print_json
 from qoq.roofline import (
     CARDS,
     MODELS,
@@ -41,22 +41,6 @@ LIMIT_COLUMNS = (
     *("batch", "step ms", "linear ms", "head ms", "attention ms", "passes ms", "launch ms", "prefill s"),
     *("decode tok/s", "tokens/s", "cache", "fits"),
 )
-
-
-class Numbers(click.ParamType):
-    """Whole numbers from `least` to `most`, separated by commas; sorted."""
-
-    name = "N,N,..."
-
-    def __init__(self, most: int, least: int = 1):
-        self.least, self.most = least, most
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        parts = value.split(",")
-        if not all(part.strip().isdecimal() and self.least <= int(part) <= self.most for part in parts):
-            wanted = f"whole numbers from {self.least} to {self.most}, separated by commas"
-            self.fail(f"{value!r}, expected {wanted}", param, ctx)
-        return tuple(sorted({int(part) for part in parts}))
 
 
 class Ops(click.ParamType):

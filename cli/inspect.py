@@ -150,7 +150,7 @@ def _print(found: dict[str, Any]) -> None:
             click.echo(f"{key:24}{found[key]}")
     if "group_size" in found:
         click.echo(f"{'bits per linear weight':24}{found['bits_per_linear_weight']}")
-        click.echo(f"{'KV4 bytes per token':24}{found['kv_bytes_per_token']}")
+        click.echo(f"{'KV bytes per token':24}{found['kv_bytes_per_token']}")
         if found["cache_layers_in_8_bits"]:
             click.echo(f"{'KV8 in layers':24}{', '.join(map(str, found['cache_layers_in_8_bits']))}")
         if found["linears_in_16_bits"]:

@@ -11,6 +11,22 @@ from typing import Any
 import click
 
 
+class Numbers(click.ParamType):
+    """Whole numbers from `least` to `most`, separated by commas; sorted."""
+
+    name = "N,N,..."
+
+    def __init__(self, most: int, least: int = 1):
+        self.least, self.most = least, most
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = value.split(",")
+        if not all(part.strip().isdecimal() and self.least <= int(part) <= self.most for part in parts):
+            wanted = f"whole numbers from {self.least} to {self.most}, separated by commas"
+            self.fail(f"{value!r}, expected {wanted}", param, ctx)
+        return tuple(sorted({int(part) for part in parts}))
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --json and -v to a command; -v is handled here."""
 

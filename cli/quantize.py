@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qoq.cli.bench import Numbers
 from qoq.cli.gate import REJECTED, judge, say
-from qoq.cli.output import check_device, common_options, html_option, note, print_json
+from qoq.cli.output import Numbers, check_device, common_options, html_option, note, print_json
 from qoq.cli.plan import Size, print_plan, summary
 from qoq.cli.report_page import CAUSES, page, worst_layers, worst_linear
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qoq.cli.bench import FILE, Numbers, percent
+from qoq.cli.bench import FILE, percent
 from qoq.cli.engine import Weights, engine_options, weights_options
-from qoq.cli.output import check_device, common_options, in_a_folder, note, print_json
+from qoq.cli.output import Numbers, check_device, common_options, in_a_folder, note, print_json
 from qoq.roofline import CARDS, DataSheet, Workload, decode_step, limit, sheet_of
 
 if TYPE_CHECKING:

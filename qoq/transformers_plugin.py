@@ -44,7 +44,7 @@ class QoqConfig(QuantizationConfigMixin):
 
 
 class QoqQuantizer(HfQuantizer):
-    """Checks the folder, gives the model its quantized linears and its 4-bit cache, checks what was loaded."""
+    """Checks the folder, gives the model its quantized linears and its quantized cache, checks what was loaded."""
 
     requires_calibration = True
 

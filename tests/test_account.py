@@ -28,6 +28,8 @@ def test_times_are_summed_by_kernel():
     assert (record["step_us"], record["gap_us"], record["context"]) == (86.2, 55, 1000)
     assert record["kernels"][0] == {"name": "w4a8_gemm", "launches": 2, "us": 24, "share": approx(96 / 345, abs=1e-4)}
     assert Account.of([Activity("x", 5, 6)], 1, 1.0).gap == 0
+    nested = Account.of([Activity("long", 0, 10), Activity("short", 2, 5), Activity("late", 8, 13)], 1, 1.0)
+    assert nested.kernels == {"long": (1, 10), "short": (1, 0), "late": (1, 3)}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from qoq.paged import PAGE, HeadNorms, Layout
 
 WARP = 32
 APPEND_WARPS, APPEND_TOKENS, GATHER_THREADS, GATHER_DIMS = 4, 4, 256, 8  # as in the sources
-# Also as in decode.cu: pages that one block takes at most until a sequence has MAX_SPLITS splits, and limits.
+# Also as in decode.cu and common/kv_warp.cuh: pages that one block takes at most until a sequence has MAX_SPLITS
+# splits, and limits.
 SPLIT_PAGES, MAX_SPLITS, MAX_BATCH, COLUMNS = 32, 32, 1024, 8
 STEP = 16  # tokens that a warp takes at once
 MAX_STAGES = 4
@@ -287,8 +288,9 @@ def kv4_decode(
     are read. A sequence's result does not depend on the others. `workspace` is made anew where none is given, which
     costs a fill.
 
-    `settled` promises that what the kernel launched just before writes are queries and the last token of each context,
-    and that tables, lengths and all other tokens were there before it: then they are read while it still runs.
+    `settled` promises that q and the last token of each context are all that was still to be written when the kernel
+    launched just before began; tables, lengths and other tokens are then read while it runs. What the kernels here
+    write is settled once a launch of torch's, or of a graph, lies between: their own launches overlap.
 
     Raises:
         ValueError: an argument of a wrong shape, type or device.

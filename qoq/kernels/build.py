@@ -269,9 +269,7 @@ class Module:
                 return self.launch(name, grid, block, args, shared_bytes)
         if 0 in grid:
             return None
-        if not _thread.has_context:
-            self._device_class(self.device.index).set_current()
-            _thread.has_context = True
+        self._use_context()
         kernel = self._kernels.get(name) or self._kernel(name)
         if shared_bytes > self._shared_limits.get(name, DEFAULT_SHARED_BYTES):
             self._raise_shared_limit(name, shared_bytes)
@@ -290,6 +288,20 @@ class Module:
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise KernelError(f"{self._source}: {name} was not launched ({status.name})")
         return None
+
+    def tensor_map(self, matrix: Tensor, box: tuple[int, int]) -> bytes:
+        """TensorMap of csrc/common/barrier.cuh: a matrix of bytes (M, K), K % 16 == 0, copied in boxes.
+
+        `box`: rows and columns. The 16-byte chunks of its rows, at most eight each, are swizzled; what lies beyond the
+        matrix is zero.
+        """
+        self._use_context()
+        return _tensor_map(matrix.data_ptr(), *matrix.shape, *box)
+
+    def _use_context(self) -> None:
+        if not _thread.has_context:
+            self._device_class(self.device.index).set_current()
+            _thread.has_context = True
 
     def _packer(self, name: str, args: Sequence[Argument]) -> struct.Struct:
         """How a kernel's parameters lie in memory, by what the compiler says of it. Their kinds are always the same."""
@@ -336,14 +348,6 @@ class Module:
             config.attrs, config.numAttrs = [attribute], 1
         self._configs[grid, block, shared_bytes, stream] = config
         return config
-
-
-def tensor_map(matrix: Tensor, box: tuple[int, int]) -> bytes:
-    """TensorMap of csrc/common/barrier.cuh: a matrix of bytes (M, K), K % 16 == 0, copied in boxes of rows and columns.
-
-    The 16-byte chunks of a row of a box, at most eight, are swizzled; what lies beyond the matrix is zero.
-    """
-    return _tensor_map(matrix.data_ptr(), *matrix.shape, *box)
 
 
 @lru_cache(maxsize=4096)  # it takes as long as some launches

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qoq import packing, quant
 from qoq.kernels import tiling
-from qoq.kernels.build import Specialisation, architecture, module, tensor_map
+from qoq.kernels.build import Specialisation, architecture, module
 from qoq.kernels.library import expect, register
 from qoq.kernels.tiling import KERNELS, Card, Config
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedRows, QuantizedWeight
@@ -311,8 +311,9 @@ def _gemm_cuda(
 ) -> None:
     (m, k), n, config = x8.shape, qweight.shape[0], Config(kernel, *tile)
     face = KERNELS[kernel]
-    x = tensor_map(x8, (config.tokens, tiling.STEP)) if face.tensor_map else x8
-    module(face.source, x8.device, face.defines(config, group_size, swiglu)).launch(
+    kernels = module(face.source, x8.device, face.defines(config, group_size, swiglu))
+    x = kernels.tensor_map(x8, (config.tokens, tiling.STEP)) if face.tensor_map else x8
+    kernels.launch(
         "w4a8_gemm",
         face.grid(config, group_size, card_of(x8.device), m, n),
         face.threads(config),

@@ -116,9 +116,9 @@ def _empty_rows(count: int, width: int, device: torch.device) -> QuantizedRows:
 def quant_rows(*parts: Tensor) -> QuantizedRows:
     """A8 of x (M, K) float16, K % 8 == 0; of several x, their rows one behind the other."""
     first = parts[0]
-    for x in parts:
-        _check_rows("x", x, first.shape[-1], MAX_WIDTH)
-        expect("x", x, torch.float16, (None, first.shape[-1]), like=first)
+    _check_rows("x", first, first.shape[-1], MAX_WIDTH)
+    for x in parts[1:]:
+        expect("x", x, torch.float16, (None, first.shape[1]), like=first)
     counts = [len(x) for x in parts]
     out = _empty_rows(sum(counts), first.shape[1], first.device)
     outputs = (each.split(counts) for each in (out.x8, out.sx, out.sums))

@@ -2,7 +2,7 @@
 
 Kernels are watched by CUPTI (`torch.profiler`), inside CUDA graphs too, which makes a step a little slower; so the
 times here are for shares, and those of `qoq.runtime.benchmark` for speed. A kernel may start while the one before it
-still runs, and then waits for it: its time counts from the end of all that ended before it.
+still runs, and then waits for it: its time counts from the end of all that began before it.
 """
 
 import statistics
@@ -47,17 +47,14 @@ class Account:
         """Activities in any order; they may overlap."""
         ordered = sorted(activities, key=lambda activity: activity.start)
         gaps, end = [], ordered[0].start
+        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
         for activity in ordered:
             if activity.start > end:
                 gaps.append(activity.start - end)
-            end = max(end, activity.end)
-        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-        before = ordered[0].start
-        for activity in sorted(activities, key=lambda activity: activity.end):
             own = sums[short_name(activity.name)]
             own[0] += 1
-            own[1] += activity.end - max(activity.start, before)
-            before = activity.end
+            own[1] += max(activity.end - max(activity.start, end), 0.0)
+            end = max(end, activity.end)
         longest = sorted(gaps)[-steps:]
         kernels = {name: (int(count), time) for name, (count, time) in sums.items()}
         return Account(

@@ -8,7 +8,7 @@
 // same bits in any batch. The grid has as many blocks as fit; each starts with the item of its number and then draws
 // tickets, so ragged batches balance.
 // The last block to finish a split of a sequence and head merges them all. Where all tokens but a sequence's last are
-// known to be in the cache, the first copies begin while the predecessor still appends the last ones.
+// known to be in the cache, the first copies of long sequences begin while the predecessor still appends the last ones.
 //
 // In a block every warp has its own tokens, 16 at a time in a ring of STAGES asynchronous copies, and its own running
 // softmax (common/kv_warp.cuh); nothing is shared until the end.
@@ -133,8 +133,8 @@ struct Merged {
 };
 
 // q, out (batch, kv_heads * group, HEAD_DIM); cache (pages, kv_heads, RECORD); block_tables (batch, max_pages);
-// v_offset (kv_heads, HEAD_DIM) or null. settled: before the predecessor began, all was there but q and the last token
-// of each context. max_splits is what max_pages may need. With P = batch * kv_heads * blocks of 8 heads and
+// v_offset (kv_heads, HEAD_DIM) or null. settled: when the predecessor began, all was there but q and the last token of
+// each context. max_splits is what max_pages may need. With P = batch * kv_heads * blocks of 8 heads and
 // H = min(group, 8), partials holds (P, max_splits, H, HEAD_DIM) sums, then (P, max_splits, H) bases and totals;
 // counters, zero between launches, the ticket, the blocks that are through, and the splits that arrived for each of P.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -169,10 +169,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         return page < max_pages ? block_tables[int64_t(sequence) * max_pages + page] : 0;
     };
     int item = blockIdx.x, turn = 0, pages, steps;
-    bool late = false;  // the copy of the last step is not among the first ones, where it belongs
     Copies copies;
-    // Ask for the first tokens of `item`, if `early` without the step of the sequence's last; and say there what it is.
-    const auto begin = [&](Item& place, bool early) {
+    const auto begin = [&](Item& place) {  // ask for the first tokens of `item`, and say there what it is
         const bool is_first = item < first_splits;
         const int among = is_first ? item : item - first_splits, nth = among / columns, column = among - nth * columns;
         const int kv_head = head_blocks == 1 ? column : column / head_blocks;
@@ -196,25 +194,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const int row = (b * kv_heads + kv_head) * group + first_head, heads = min(group - first_head, HEADS);
             place = {b, kv_head, split, splits.count, start / PAGE, row, heads, b * columns + column};
         }
-        late = early && start + end == length && 0 < steps && steps <= STAGES && index_of(steps - 1) == (end - 1) / STEP;
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             const int page = __shfl_sync(ALL_LANES, pages, stage);
-            if (stage < steps - late) copies.start(ring + stage * STAGE_BYTES, page, index_of(stage));
+            if (stage < steps) copies.start(ring + stage * STAGE_BYTES, page, index_of(stage));
             commit_copies();
         }
     };
 
     allow_successor();
-    if (!settled) wait_for_predecessor();
+    // The first copies of a sequence with more tokens than they bring are without its last one.
+    constexpr int FIRST_TOKENS = STAGES * WARPS * STEP;
+    const int length = settled && item < first_splits ? context_lens[item / columns] : 0;
+    const bool early = OVERLAPS && (window > 0 ? min(length, window) : length) > FIRST_TOKENS;
+    if (!early) wait_for_predecessor();
     if (item >= first_splits) count_items();
-    if (item < items) begin(known[0], OVERLAPS && settled);
-    if (settled) wait_for_predecessor();
+    if (item < items) begin(known[0]);
+    if (early) wait_for_predecessor();
     __syncthreads();
-    if (late) {
-        const int page = __shfl_sync(ALL_LANES, pages, steps - 1);
-        copies.start(ring + (steps - 1) * STAGE_BYTES, page, index_of(steps - 1));
-    }
     while (item < items) {
         const Item& current = known[turn];
         Queries queries;
@@ -229,11 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int step = 0; step < steps; ++step) {
             const int ahead = step + STAGES, token = index_of(step) * STEP;
             if (ahead % LANES == 0) pages = load_pages(current.b, current.page, ahead);
-            if (late && step == steps - 1) {
-                wait_copies<0>();
-            } else {
-                wait_copies<STAGES - 1>();
-            }
+            wait_copies<STAGES - 1>();
             __syncwarp();
             running.step(stage, queries, scale_log2, copies.from - token, copies.to - token);
             const int page = __shfl_sync(ALL_LANES, pages, ahead % LANES);
@@ -247,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
         item = items > gridDim.x ? next_item : items;
         turn ^= 1;
-        if (APART && item < items) begin(known[turn], false);
+        if (APART && item < items) begin(known[turn]);
         const __half* offset = v_offset == nullptr ? nullptr : v_offset + current.kv_head * HEAD_DIM;
         const int part_heads = min(group, HEADS), parts = current.place * max_splits;
         float* sums = partials + int64_t(parts) * part_heads * HEAD_DIM;
@@ -296,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         __syncthreads();
         if (!APART) {
-            if (item < items) begin(known[turn], false);
+            if (item < items) begin(known[turn]);
             __syncthreads();
         }
     }
