@@ -13,7 +13,7 @@ block of 32 columns the channels stand in the order 0, 8, 16, 24, 1, 9, 17, 25, 
 Concatenating packed tensors of N % 32 == 0 (along N; s2 tensors along columns) packs the concatenation.
 
 `interleave_x` puts the rows of such a concatenation of a gate and an up, of F rows each, into the order in which a
-kernel makes silu(gate) * up of them: rows 0..15 of the gate, rows 0..15 of the up, rows 16..31 of the gate, and so on.
+kernel makes silu(gate) * up of them: rows 0..7 of the gate, rows 0..7 of the up, rows 8..15 of the gate, and so on.
 """
 
 import torch
@@ -57,20 +57,22 @@ def unpack_level2(packed: Tensor) -> Tensor:
 
 def interleave_rows(values: Tensor) -> Tensor:
     """(2F,), F % 32 == 0, a value for each row of gate and up -> the same, interleaved."""
-    return values.view(2, -1, TILE // 2).transpose(0, 1).flatten()
+    return values.view(2, -1, 8).transpose(0, 1).flatten()
 
 
 def interleave_qweight(qweight: Tensor) -> Tensor:
-    """`pack_qweight` of gate and up (2F, K) -> that of their interleaved rows: gate in low nibbles, up in high ones."""
-    gate, up = qweight.view(torch.uint8).view(2, -1, TILE, qweight.shape[1])
-    strips = torch.stack((gate & 15 | up << 4, gate >> 4 | up & 240), dim=1)  # of rows 0..15, then of 16..31
-    return strips.view(torch.int8).view_as(qweight)
+    """`pack_qweight` of gate and up (2F, K) -> that of their interleaved rows."""
+    n, half_k = qweight.shape
+    sides = qweight.view(torch.uint8).view(2, n // 2 // TILE, -1, 2, 4)  # gate or up, n0, k0 c e d, b, f
+    first, second = sides.unbind(3)
+    strips = torch.stack((first & 15 | second << 4, first >> 4 | second & 240))  # a; b is the nibble now
+    return strips.permute(2, 0, 3, 1, 4).reshape(n, half_k).view(torch.int8)  # n0 a, k0 c e d, gate or up, f
 
 
 def interleave_level2(packed: Tensor) -> Tensor:
     """`pack_level2` or `pack_zeros` of gate and up, (G, 2F) -> that of their interleaved rows."""
     columns = packed.view(packed.shape[0], 2, -1, 8, 2, 2)  # group, gate or up, strip, then 8 c + 16 a + 8 b as stored
-    return columns.permute(0, 2, 4, 3, 1, 5).reshape(packed.shape)
+    return columns.permute(0, 2, 4, 3, 5, 1).reshape(packed.shape)
 
 
 def pack_zeros(z: Tensor) -> Tensor:

@@ -195,10 +195,10 @@ class Mma(Kernel):
 
 
 class Wgmma(Kernel):
-    """wgmma on sm_90a (csrc/gemm_wgmma.cu): a warpgroup for 128 rows and one that loads; splits are clusters."""
+    """wgmma on sm_90a (csrc/gemm_wgmma.cu): one or two warpgroups, and one that loads; splits are clusters."""
 
     source = "gemm_wgmma.cu"
-    shapes = tuple((rows, tokens) for tokens in (8, 16, 32, 64, 96, 128) for rows in (128, 256))
+    shapes = (*((rows, tokens) for tokens in (8, 16, 32, 64, 96, 128) for rows in (128, 256)), (128, 256))
     fewest_stages, most_stages, most_splits = 2, 12, 8
     tensor_map = True
     swiglu = True
@@ -210,12 +210,17 @@ class Wgmma(Kernel):
     WAVE = 6000  # clocks between the end of clusters and the work of those that found no room before
 
     def threads(self, config: Config) -> int:
-        return config.rows + self.WARPGROUP
+        return (self.warpgroups(config) + 1) * self.WARPGROUP
+
+    def warpgroups(self, config: Config) -> int:
+        """That multiply: one for 128 rows, and for 64 where it has as many sums as its registers hold."""
+        return config.rows // (64 if config.tokens > 128 else 128)
 
     def shared_bytes(self, config: Config, group_size: int) -> int:
         rows, tokens = config.rows, config.tokens
         stage = rows * STEP // 2 + tokens * STEP + levels_bytes(rows, group_size) + 16
-        return config.stages * stage + 16 * rows + 8 * tokens * (rows // self.WARPGROUP)
+        written_at_once = 2048 * self.warpgroups(config)
+        return config.stages * stage + written_at_once + 8 * tokens * self.warpgroups(config)
 
     def resident(self, config: Config) -> int:
         return 2 if config.rows == self.WARPGROUP and config.tokens <= (64 if config.splits > 1 else 32) else 1
@@ -239,8 +244,10 @@ class Wgmma(Kernel):
         waves = -(-blocks // (alone * at_once))
 
         # A warpgroup alone waits for its products and then dequantizes; several take turns, but not perfectly.
-        warpgroups = at_once * config.rows // self.WARPGROUP
+        warpgroups = at_once * self.warpgroups(config)
         step = 290 + 300 * warpgroups + (0.4 + 2 * warpgroups) * config.tokens
+        if config.tokens > 128:  # half as much to dequantize
+            step = 4.3 * config.tokens
         products = waves * turns * step
         memory = memory_clocks(config, card, M, N, K, group_size, min(card.multiprocessors, blocks), at_once)
         clocks = (memory**3 + products**3) ** (1 / 3) + self.OVERHEAD + 4 * config.tokens

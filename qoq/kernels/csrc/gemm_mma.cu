@@ -264,6 +264,7 @@ w4a8_gemm(const uint4* x8,       // (M, K) int8
     const int32_t my_sum = exists ? sums[tile.token + thread] : 0;
 
     wait_copies<0>();
+    meet();           // for racecheck, which counts a team's reads as over only at its own barrier
     __syncthreads();  // the ring is free
     Finale& finale = *reinterpret_cast<Finale*>(shared);
     if (thread < TOKENS) {

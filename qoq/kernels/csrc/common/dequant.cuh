@@ -44,6 +44,12 @@ __device__ __forceinline__ RowScales unpack_scales(uint32_t s2, uint32_t zeros) 
 __device__ __forceinline__ uint32_t low_codes(uint32_t packed) { return packed & 15 * EACH_BYTE; }
 __device__ __forceinline__ uint32_t high_codes(uint32_t packed) { return packed >> 4 & 15 * EACH_BYTE; }
 
+// What `dequantize_low` and `codes_low` take of rows 0..15, half 0, or 16..31, half 1.
+__device__ __forceinline__ uint4 half_of(const uint4& packed, int half) {
+    const int shift = half * 4;
+    return make_uint4(packed.x >> shift, packed.y >> shift, packed.z >> shift, packed.w >> shift);
+}
+
 // Fragment of rows 0..15 of the strip: w8 + 128.
 __device__ __forceinline__ void dequantize_low(uint32_t (&a)[4], const uint4& packed, const RowScales& rows) {
     a[0] = low_codes(packed.x) * rows.scale[0] + rows.offset[0];

@@ -14,12 +14,14 @@ __device__ __forceinline__ uint64_t swizzled_rows(uint32_t shared) {
     return SWIZZLE_128 | EIGHT_ROWS | UNUSED_STRIDE | (shared >> 4);
 }
 
-// Before products that read `a` and `b`, registers which were written since. Naming them keeps the writes ahead.
-__device__ __forceinline__ void fence_registers(uint32_t (&a)[4], uint32_t (&b)[4]) {
-    asm volatile("wgmma.fence.sync.aligned;"
-                 : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+r"(b[0]), "+r"(b[1]), "+r"(b[2]), "+r"(b[3])
-                 :
-                 : "memory");
+// Before products that read `a`, registers which were written since. Naming them keeps the writes ahead.
+template <int OPERANDS>
+__device__ __forceinline__ void fence_registers(uint32_t (&a)[OPERANDS][4]) {
+#pragma unroll
+    for (int i = 0; i < OPERANDS; ++i) {
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]) : : "memory");
+    }
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
 // The products issued since the last commit become one batch.
@@ -51,6 +53,9 @@ PRODUCT(96, TEN("") TEN("1") TEN("2") TEN("3") "%40,%41,%42,%43,%44,%45,%46,%47"
         SIXTEEN(0), SIXTEEN(16), SIXTEEN(32))
 PRODUCT(128, TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") "%60,%61,%62,%63", "%64,%65,%66,%67", "%68",
         SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48))
+PRODUCT(256, TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") TEN("6") TEN("7") TEN("8") TEN("9") TEN("10")
+        TEN("11") "%120,%121,%122,%123,%124,%125,%126,%127", "%128,%129,%130,%131", "%132", SIXTEEN(0), SIXTEEN(16),
+        SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112))
 
 #undef TEN
 #undef FOUR
