@@ -255,7 +255,10 @@ def test_a_legal_choice_for_every_shape(card, m, n, k, group_size):
     kernel = KERNELS[config.kernel]
     assert tiling.problem(config, card, m, n, k, group_size) is None
     assert tiling.resident(config, card, group_size) >= 1
-    assert all(blocks >= 1 for blocks in kernel.grid(config, group_size, card, m, n))
+    parts = kernel.parts(config, card, group_size, m, n)
+    assert [part.first for part in parts] == [0, parts[0].tiles][: len(parts)]
+    assert sum(part.tiles for part in parts) == config.tiles(m, n)
+    assert all(blocks >= 1 for part in parts for blocks in kernel.grid(part, card, group_size) if part.tiles > 0)
     assert kernel.threads(config) <= 1024
 
 
@@ -314,10 +317,36 @@ def test_the_table_is_well_formed():
         (Config("mma", 256, 128, 8), "shared memory"),
         (Config("mma", 128, 16, 2, 9), "splits"),
         (Config("mma", 128, 16, 2, 0), "splits"),
+        (Config("mma", 128, 16, 2, 1, 2), "a tail of 2"),
     ],
 )
 def test_illegal_configurations(config, message):
     assert message in str(tiling.problem(config, CARDS[2], 16, 4096, 1024, 128))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config("wgmma", 128, 256, 5, 1, 2), "None"),
+        (Config("wgmma", 128, 256, 5, 2, 2), "a tail of 2 splits, expected none beside splits"),
+        (Config("wgmma", 128, 256, 5, 1, 0), "0 splits"),
+        (Config("wgmma", 128, 256, 5, 1, 9), "9 splits"),
+        (Config("wgmma", 128, 256, 2, 1, 2), "no room for the partial sums"),
+    ],
+)
+def test_legal_and_illegal_tails(config, message):
+    assert message in str(tiling.problem(config, CARDS[3], 1024, 6144, 4096, 128))
+
+
+def test_a_last_wave_that_is_not_full_is_split():
+    """48 x 4 tiles on 132 multiprocessors; 32 x 4 fill them."""
+    config = tiling.choose(CARDS[3], 1024, 6144, 4096, 128)
+    whole, tail = KERNELS["wgmma"].parts(config, CARDS[3], 128, 1024, 6144)
+    assert (whole.tiles, whole.config.splits) == (132, 1)
+    assert (tail.first, tail.tiles, tail.config.splits) == (132, 60, 2)
+    assert KERNELS["wgmma"].grid(tail, CARDS[3], 128) == (120, 1, 1)
+    assert tiling.choose(CARDS[3], 1024, 4096, 4096, 128).tail == 1
+    assert all(tiling.choose(CARDS[3], m, n, k, 128).tail == 1 for n, k in LINEARS for m in (1, 16, 64, 128))
 
 
 def test_partial_sums_have_limits():
@@ -405,6 +434,22 @@ def test_every_configuration_gives_the_same_bits(cuda, group_size):
                 both = kernel == "mma" or config.tokens in (16, 64, 128)
                 for split in (tried[0], tried[-1]) if both else tried[:1]:
                     assert same(run(rows, packed, bias, residual, split), reference), split
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("rows", "tokens", "stages"), [(128, 256, 5), (128, 16, 10), (256, 128, 6)])
+def test_tails_give_the_same_bits(hopper, rows, tokens, stages, group_size):
+    """More than one wave of tiles, a wave and a few tiles, and less than one."""
+    n, k = 3424, 1664 if group_size == 128 else 1728
+    weight = extreme_weight(n, k, group_size, 33, hopper)
+    packed = PackedWeight.pack(weight)
+    for m in (37 * tokens - 5, 5 * tokens, tokens):
+        activations, (bias, residual) = extreme_rows(m, k, m, hopper), vectors(m, n, m, hopper)
+        reference = expected(activations, weight, bias, residual)
+        for tail in (2, 3, 8):
+            config = Config("wgmma", rows, tokens, stages, 1, tail)
+            assert same(run(activations, packed, bias, residual, config), reference), (m, tail)
 
 
 @pytest.mark.gpu

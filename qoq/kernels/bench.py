@@ -172,7 +172,7 @@ def gemm_specialisations(
     configs: Iterable[Config], card: Card, group_size: int, swiglu: bool = False
 ) -> list[Specialisation]:
     """What runs some configurations on a card."""
-    kernels = ((KERNELS[config.kernel], config) for config in configs)
+    kernels = ((KERNELS[config.kernel], launched) for config in configs for launched in config.launched)
     return unique(
         Specialisation(kernel.source, kernel.defines(config, group_size, swiglu), (card.architecture,))
         for kernel, config in kernels

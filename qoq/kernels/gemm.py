@@ -43,7 +43,9 @@ SPECIALISATIONS = (
         )
         for tile in KERNELS["wgmma"].shapes
         for group_size in (128, 64, -1)
-        for splits in ((1, 3, 8) if tile in ((128, 8), (128, 64), (256, 128)) else (1,))
+        for splits in (
+            (1, 3, 8) if tile in ((128, 8), (128, 64), (256, 128)) else (1, 2) if tile == (128, 256) else (1,)
+        )
     ),
     *(
         Specialisation(
@@ -249,7 +251,7 @@ def _multiply(
             raise ValueError(f"config: {problem}")
         if swiglu and not KERNELS[config.kernel].swiglu:
             raise ValueError(f"config: kernel {config.kernel!r} on {card.architecture} makes no SwiGLU")
-        tile = [config.rows, config.tokens, config.stages, config.splits]
+        tile = [config.rows, config.tokens, config.stages, config.splits, config.tail]
         partials = workspace(x8.device)
     _w4a8_gemm(
         x8,
@@ -311,15 +313,18 @@ def _gemm_cuda(
 ) -> None:
     (m, k), n, config = x8.shape, qweight.shape[0], Config(kernel, *tile)
     face = KERNELS[kernel]
-    kernels = module(face.source, x8.device, face.defines(config, group_size, swiglu))
-    x = kernels.tensor_map(x8, (config.tokens, tiling.STEP)) if face.tensor_map else x8
-    kernels.launch(
-        "w4a8_gemm",
-        face.grid(config, group_size, card_of(x8.device), m, n),
-        face.threads(config),
-        (x, sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, workspace, m, n, k, config.splits),
-        face.shared_bytes(config, group_size),
-    )
+    tensors = sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, workspace
+    card = card_of(x8.device)
+    for part in face.parts(config, card, group_size, m, n):
+        kernels = module(face.source, x8.device, face.defines(part.config, group_size, swiglu))
+        x = kernels.tensor_map(x8, (config.tokens, tiling.STEP)) if face.tensor_map else x8
+        kernels.launch(
+            "w4a8_gemm",
+            face.grid(part, card, group_size),
+            face.threads(part.config),
+            (x, *tensors, m, n, k, *face.arguments(part)),
+            face.shared_bytes(part.config, group_size),
+        )
 
 
 def _gemm_cpu(

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 STEP = 128  # features of K in one stage
+TAIL_TOKENS = 128  # of a tile: fewer take memory's time, of which a second launch spares nothing
 STEPS_IN_SPLIT = 4  # at least, so that filling and draining the pipeline stays small beside them
 COUNTERS = 16384  # int32 words of the workspace: one counter for each split tile, then
 PARTIALS = 4 << 20  # partial sums
@@ -65,16 +66,24 @@ LATENCY = 1400  # clocks from asking device memory to having
 @dataclass(frozen=True)
 class Config:
     """How a GEMM runs. A tile is `rows` rows of W by `tokens` tokens; `stages` steps of K are kept in shared memory;
-    `splits` blocks share the steps of a tile."""
+    `splits` blocks share the steps of a tile. With `tail` > 1 a second launch makes the tiles of a last wave that would
+    leave multiprocessors idle, and so many blocks share each of them."""
 
     kernel: str
     rows: int
     tokens: int
     stages: int
     splits: int = 1
+    tail: int = 1
 
     def tiles(self, M: int, N: int) -> int:
         return -(-M // self.tokens) * -(-N // self.rows)
+
+    @property
+    def launched(self) -> list["Config"]:
+        """What is compiled for it, without tails: one, and another for the tail."""
+        whole = replace(self, tail=1)
+        return [whole] if self.tail == 1 else [whole, replace(whole, splits=self.tail)]
 
 
 class Kernel(ABC):
@@ -87,6 +96,7 @@ class Kernel(ABC):
     most_splits: int
     tensor_map = False  # whether the activations come as one
     swiglu = False  # whether it can end in silu(gate) * up
+    tails = False  # whether a launch may make some of the tiles
 
     @abstractmethod
     def threads(self, config: Config) -> int:
@@ -100,9 +110,17 @@ class Kernel(ABC):
     def resident(self, config: Config) -> int:
         """Blocks for which a multiprocessor has registers."""
 
+    def parts(self, config: Config, card: Card, group_size: int, M: int, N: int) -> list["Part"]:
+        """The launches that make a product."""
+        return [Part(config, 0, config.tiles(M, N))]
+
     @abstractmethod
-    def grid(self, config: Config, group_size: int, card: Card, M: int, N: int) -> tuple[int, int, int]:
+    def grid(self, part: "Part", card: Card, group_size: int) -> tuple[int, int, int]:
         """Blocks to launch."""
+
+    @abstractmethod
+    def arguments(self, part: "Part") -> tuple[int, ...]:
+        """Of the kernel, its last ones."""
 
     @abstractmethod
     def split_fits(self, config: Config, group_size: int, M: int, N: int) -> bool:
@@ -115,6 +133,15 @@ class Kernel(ABC):
     def defines(self, config: Config, group_size: int, swiglu: bool = False) -> dict[str, int | str]:
         """Of the source; `swiglu` for the kernel that ends in silu(gate) * up."""
         return {"ROWS": config.rows, "TOKENS": config.tokens, "STAGES": config.stages, "GROUP_SIZE": group_size}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One launch: the tiles `first` and on of a product."""
+
+    config: Config  # without a tail
+    first: int
+    tiles: int
 
 
 def memory_clocks(
@@ -168,8 +195,11 @@ class Mma(Kernel):
     def resident(self, config: Config) -> int:
         return 1 if config.tokens >= 64 else 2
 
-    def grid(self, config: Config, group_size: int, card: Card, M: int, N: int) -> tuple[int, int, int]:
-        return config.tiles(M, N), config.splits, 1
+    def grid(self, part: Part, card: Card, group_size: int) -> tuple[int, int, int]:
+        return part.tiles, part.config.splits, 1
+
+    def arguments(self, part: Part) -> tuple[int, ...]:
+        return (part.config.splits,)
 
     def split_fits(self, config: Config, group_size: int, M: int, N: int) -> bool:
         tiles = config.tiles(M, N)
@@ -202,12 +232,14 @@ class Wgmma(Kernel):
     fewest_stages, most_stages, most_splits = 2, 12, 8
     tensor_map = True
     swiglu = True
+    tails = True
     WARPGROUP = 128
     PART = 18  # multiprocessors, in one of which parts all blocks of a cluster must be; the last is smaller
     OVERHEAD = 7000  # clocks of a launch, its first copies and its last stores
     SPLIT_OVERHEAD = 300  # clocks in which the blocks of a cluster find one another
     SUM = 0.15  # clocks for showing a partial sum and adding it up
     WAVE = 6000  # clocks between the end of clusters and the work of those that found no room before
+    SECOND = 4000  # clocks between a first launch's last products and those of a tail
 
     def threads(self, config: Config) -> int:
         return (self.warpgroups(config) + 1) * self.WARPGROUP
@@ -225,36 +257,55 @@ class Wgmma(Kernel):
     def resident(self, config: Config) -> int:
         return 2 if config.rows == self.WARPGROUP and config.tokens <= (64 if config.splits > 1 else 32) else 1
 
-    def grid(self, config: Config, group_size: int, card: Card, M: int, N: int) -> tuple[int, int, int]:
+    def parts(self, config: Config, card: Card, group_size: int, M: int, N: int) -> list[Part]:
         tiles = config.tiles(M, N)
-        if config.splits > 1:
-            return tiles * config.splits, 1, 1
-        return min(tiles, card.multiprocessors * resident(config, card, group_size)), 1, 1
+        if config.tail == 1:
+            return [Part(config, 0, tiles)]
+        whole, last = config.launched
+        rest = tiles % (card.multiprocessors * resident(whole, card, group_size))
+        return [Part(whole, 0, tiles - rest), Part(last, tiles - rest, rest)]
+
+    def grid(self, part: Part, card: Card, group_size: int) -> tuple[int, int, int]:
+        if part.config.splits > 1:
+            return part.tiles * part.config.splits, 1, 1
+        return min(part.tiles, card.multiprocessors * resident(part.config, card, group_size)), 1, 1
+
+    def arguments(self, part: Part) -> tuple[int, ...]:
+        return part.first, part.first + part.tiles
 
     def split_fits(self, config: Config, group_size: int, M: int, N: int) -> bool:
         return config.stages * STEP * (config.rows // 2 + config.tokens) >= 4 * config.rows * config.tokens
 
     def clocks(self, config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> float:
-        blocks = config.tiles(M, N) * config.splits
-        turns = -(-steps(K) // config.splits)  # steps of a block
-        parts, rest = divmod(card.multiprocessors, self.PART)
-        clusters = parts * (self.PART // config.splits) + rest // config.splits
-        alone = max(1, clusters) * config.splits  # blocks that have a multiprocessor for themselves
-        at_once = min(resident(config, card, group_size), -(-blocks // alone))
-        waves = -(-blocks // (alone * at_once))
-
-        # A warpgroup alone waits for its products and then dequantizes; several take turns, but not perfectly.
-        warpgroups = at_once * self.warpgroups(config)
-        step = 290 + 300 * warpgroups + (0.4 + 2 * warpgroups) * config.tokens
-        if config.tokens > 128:  # half as much to dequantize
-            step = 4.3 * config.tokens
-        products = waves * turns * step
-        memory = memory_clocks(config, card, M, N, K, group_size, min(card.multiprocessors, blocks), at_once)
+        products, beside, most = 0.0, 0.0, 0
+        parts = [part for part in self.parts(config, card, group_size, M, N) if part.tiles > 0]
+        for part in parts:
+            splits = part.config.splits
+            at_once, waves = self._waves(part, card)
+            # A warpgroup alone waits for its products and then dequantizes; several take turns, but not perfectly.
+            warpgroups = at_once * self.warpgroups(config)
+            step = 290 + 300 * warpgroups + (0.4 + 2 * warpgroups) * config.tokens
+            if config.tokens > 128:  # half as much to dequantize
+                step = 4.3 * config.tokens
+            products += waves * -(-steps(K) // splits) * step
+            if splits > 1:
+                sums = at_once * config.rows * config.tokens
+                beside += self.SPLIT_OVERHEAD + sums * self.SUM + (waves - 1) * self.WAVE
+            most = max(most, part.tiles * splits)
+        at_once, _ = self._waves(parts[0], card)
+        busy = min(card.multiprocessors, most)
+        memory = memory_clocks(parts[0].config, card, M, N, K, group_size, busy, at_once)
         clocks = (memory**3 + products**3) ** (1 / 3) + self.OVERHEAD + 4 * config.tokens
-        if config.splits > 1:
-            sums = at_once * config.rows * config.tokens
-            clocks += self.SPLIT_OVERHEAD + sums * self.SUM + (waves - 1) * self.WAVE
-        return clocks
+        return clocks + beside + (len(parts) - 1) * self.SECOND
+
+    def _waves(self, part: Part, card: Card) -> tuple[int, int]:
+        """Blocks that run at once on a multiprocessor, and the waves of them all."""
+        splits, blocks = part.config.splits, part.tiles * part.config.splits
+        parts, rest = divmod(card.multiprocessors, self.PART)
+        clusters = parts * (self.PART // splits) + rest // splits
+        alone = max(1, clusters) * splits  # blocks that have a multiprocessor for themselves
+        at_once = min(self.resident(part.config), -(-blocks // alone))
+        return at_once, -(-blocks // (alone * at_once))
 
     def defines(self, config: Config, group_size: int, swiglu: bool = False) -> dict[str, int | str]:
         split = {**super().defines(config, group_size), "SPLITS": config.splits}
@@ -289,6 +340,10 @@ def problem(config: Config, card: Card, M: int, N: int, K: int, group_size: int)
         return f"{config.splits} splits, expected 1 to {min(kernel.most_splits, steps(K))}"
     if config.splits > 1 and not kernel.split_fits(config, group_size, M, N):
         return f"no room for the partial sums of {config.splits} splits"
+    if config.tail != 1:
+        if config.splits > 1 or not kernel.tails:
+            return f"a tail of {config.tail} splits, expected none beside splits, nor of kernel 'mma'"
+        return problem(config.launched[1], card, M, N, K, group_size)
     return None
 
 
@@ -309,11 +364,12 @@ def configs(name: str, card: Card, group_size: int) -> Iterator[Config]:
 
 
 def splits(config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:
-    """The legal ways to split the tiles of a configuration."""
+    """The legal ways to split the tiles of a configuration, or those of its last wave where products take the time."""
     for count in range(1, max(1, steps(K) // STEPS_IN_SPLIT) + 1):
-        split = replace(config, splits=count)
-        if problem(split, card, M, N, K, group_size) is None:
-            yield split
+        split, tail = replace(config, splits=count), replace(config, tail=count)
+        for each in (split, tail) if count > 1 and config.tokens >= TAIL_TOKENS else (split,):
+            if problem(each, card, M, N, K, group_size) is None:
+                yield each
 
 
 def candidates(card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:

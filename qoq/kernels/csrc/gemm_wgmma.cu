@@ -3,7 +3,7 @@
 // Compiled for one tile: ROWS weight rows (128 or 256) by TOKENS tokens (8, 16, 32, 64, 96, 128 or, with 128 rows, 256),
 // STAGES steps of K in flight, SPLITS blocks of a cluster that share a tile along K, GROUP_SIZE 128, 64 or -1 (per
 // channel). Same face and same bits as gemm_mma.cu, but the activations come as a tensor map, the blocks of a cluster
-// meet in shared memory, and nothing is kept in `workspace`.
+// meet in shared memory, and nothing is kept in `workspace`; and a launch may make some of the tiles.
 //
 //     consumers: one or two warpgroups       read 16 bytes per lane, dequantize, multiply, scale, store
 //     producers: warp 0                      weights and their scales: bulk copies    }  a ring of STAGES steps with
@@ -98,24 +98,26 @@ struct Linear {
     const __half *szero, *bias, *residual;
     __half* out;
     int M, N, K;
+    int first, end;  // tiles
 };
 
 struct Tile {
     int row, token;  // its first
 };
 
-// What a block does: tiles first(), first() + stride(), ..., and of each the steps begin..end of K.
+// What a block does: tiles first(), first() + stride(), ... before linear.end, and of each the steps begin..end of K.
 struct Work {
-    int tiles, begin, end;
+    const Linear& linear;
+    int begin, end;
 
-    __device__ __forceinline__ Work(const Linear& linear, int rank) {
+    __device__ __forceinline__ Work(const Linear& linear, int rank) : linear(linear) {
         const int steps = (linear.K + STEP - 1) / STEP;
-        tiles = (linear.N + ROWS - 1) / ROWS * ((linear.M + TOKENS - 1) / TOKENS);
         begin = steps * rank / SPLITS;
         end = steps * (rank + 1) / SPLITS;
     }
-    __device__ __forceinline__ int first() const { return blockIdx.x / SPLITS; }  // not kept: registers are short
-    __device__ __forceinline__ int stride() const { return SPLITS == 1 ? gridDim.x : tiles; }
+    // not kept: registers are short
+    __device__ __forceinline__ int first() const { return linear.first + blockIdx.x / SPLITS; }
+    __device__ __forceinline__ int stride() const { return SPLITS == 1 ? gridDim.x : linear.end; }
 };
 
 // Bands of row tiles, inside a band all token tiles: blocks that run together share activations and weights.
@@ -153,7 +155,7 @@ __device__ __forceinline__ void load_weights(const Linear& linear, const Work& w
     const int source_step = is_strip ? CHUNKS * CHUNK_BYTES : STEP_GROUPS * linear.N;
     const uint64_t policy = linear.M <= TOKENS ? evict_first() : keep_normally();  // read once, or by all token tiles
     Place at(shared);
-    for (int index = work.first(); index < work.tiles; index += work.stride()) {
+    for (int index = work.first(); index < linear.end; index += work.stride()) {
         const int row = tile_at(index, linear).row;
         const int strips = min(STRIPS, (linear.N - row) / STRIP);
         const int64_t chunks_before = static_cast<int64_t>(row / STRIP + lane) * (linear.K / CHUNK);
@@ -179,7 +181,7 @@ __device__ __forceinline__ void load_activations(const Linear& linear, const Wor
     prefetch_map(linear.x8);
     wait_for_predecessor();
     Place at(shared);
-    for (int index = work.first(); index < work.tiles; index += work.stride()) {
+    for (int index = work.first(); index < linear.end; index += work.stride()) {
         const int token = tile_at(index, linear).token;
         for (int step = work.begin; step < work.end; ++step, at.advance()) {
             wait(at.empty(), at.parity ^ 1);
@@ -402,12 +404,12 @@ __device__ __forceinline__ void consume(const Linear& linear, const Work& work, 
     const int group = warp / 4, member = threadIdx.x % WARPGROUP;
     wait_for_predecessor();
     // Of two warpgroups one stores its tile while the other still multiplies.
-    const bool staggered = SPLITS == 1 && GROUPS == 2 && work.end > LEAD && work.stride() < work.tiles;
+    const bool staggered = SPLITS == 1 && GROUPS == 2 && work.end > LEAD && work.stride() < linear.end - linear.first;
     if (staggered && group == 1) named_barrier(3, CONSUMERS);
     int until_lead = staggered && group == 0 ? LEAD : -1;
 
     Place at(shared);
-    for (int index = work.first(); index < work.tiles; index += work.stride()) {
+    for (int index = work.first(); index < linear.end; index += work.stride()) {
         const Tile tile = tile_at(index, linear);
         const int turns = turns_of(tile, linear);
         constexpr int EACH = (TOKENS + WARPGROUP - 1) / WARPGROUP;  // tokens of a thread
@@ -456,11 +458,12 @@ w4a8_gemm(const __grid_constant__ TensorMap x8,  // (M, K), in boxes of TOKENS b
           const __half* bias,      // (N,) or null
           const __half* residual,  // (M, N) or null; may be `out`; none with SWIGLU
           __half* out,             // (M, N), with SWIGLU (M, N / 2)
-          int32_t*,                // the workspace and the splits of gemm_mma.cu
-          int M, int N, int K, int) {
+          int32_t*,                // the workspace of gemm_mma.cu
+          int M, int N, int K,
+          int first, int end) {    // tiles: all, or some
     extern __shared__ __align__(1024) uint8_t memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Linear linear{&x8, sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, M, N, K};
+    const Linear linear{&x8, sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, M, N, K, first, end};
     const int rank = SPLITS == 1 ? 0 : cluster_rank();
     const Work work(linear, rank);
     const int thread = threadIdx.x;
