@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 OPS = ("gemm", "rows", "swiglu", "attention", "head", "sample")
 PRODUCT_COLUMNS = (
     *("GEMM", "N x K", "M", "us", "floor us", "of floor", "TOPS", "GB/s", "x fp16", "x int8", "x fp8"),
-    "kernel, tile, stages, splits",
+    "kernel, tile, stages, splits, tail",
 )
 LENGTH = click.IntRange(1, 1 << 20)
 FILE: click.Path = click.Path(dir_okay=False, path_type=Path)
@@ -296,7 +296,7 @@ def product_line(product: "Product") -> list[str]:
         f"{found['tops']:.0f}",
         f"{found['gb_per_s']:.0f}",
         *(number(found[f"{rival}_speedup"], 2) for rival in ("fp16", "int8", "fp8")),
-        f"{config.kernel} {config.rows} x {config.tokens}, {config.stages}, {config.splits}",
+        f"{config.kernel} {config.rows} x {config.tokens}, {config.stages}, {config.splits}, {config.tail}",
     ]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from qoq.errors import CheckpointError
 
 TILE = 32
+INTERLEAVED = 8  # rows of a gate, then of an up
 
 
 def pack_qweight(codes: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def unpack_level2(packed: Tensor) -> Tensor:
 
 def interleave_rows(values: Tensor) -> Tensor:
     """(2F,), F % 32 == 0, a value for each row of gate and up -> the same, interleaved."""
-    return values.view(2, -1, 8).transpose(0, 1).flatten()
+    return values.view(2, -1, INTERLEAVED).transpose(0, 1).flatten()
 
 
 def interleave_qweight(qweight: Tensor) -> Tensor:

@@ -60,14 +60,19 @@ def tune(machine: Machine, n: int, k: int, group_size: int, tokens: Sequence[int
                 raise click.ClickException(f"{config} gives other bits at M = {m}, N = {n}, K = {k}")
             times[config] = microseconds([partial(w4a8_gemm, rows, weight, config=config) for weight in weights])
         modelled, best = next(iter(times)), min(times, key=lambda config: times[config])
-        found[str(m)] = list(vars(best).values())
+        found[str(m)] = fields(best)
         tops, speed = 2e-6 * m * n * k / times[best], 1e-3 * n * k / 2 / times[best]
         print(
             f"{n:6} x {k:<6} M {m:<5} {times[best]:8.1f} us {tops:7.0f} TOPS {speed:6.0f} GB/s   {found[str(m)]}   "
-            f"modelled best: {times[modelled]:.1f} us {list(vars(modelled).values())}",
+            f"modelled best: {times[modelled]:.1f} us {fields(modelled)}",
             flush=True,
         )
     return found
+
+
+def fields(config: Config) -> list:
+    """As the table has them: tails are chosen for each M."""
+    return [config.kernel, config.rows, config.tokens, config.stages, config.splits]
 
 
 def write(path: Path, table: dict[str, dict[str, dict[str, list]]]) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from qoq.errors import QoqError
 from qoq.kernels import gemm, tiling
 from qoq.kernels.gemm import PackedWeight, gate_up_silu, w4a8_gemm
 from qoq.kernels.rows import quant_rows, silu_mul_quant
-from qoq.kernels.tiling import KERNELS, Card, Config
+from qoq.kernels.tiling import KERNELS, Card, Config, Wgmma
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedRows, QuantizedWeight, quantize_rows
 
 GROUP_SIZES = (128, 64, -1)
@@ -255,10 +256,10 @@ def test_a_legal_choice_for_every_shape(card, m, n, k, group_size):
     kernel = KERNELS[config.kernel]
     assert tiling.problem(config, card, m, n, k, group_size) is None
     assert tiling.resident(config, card, group_size) >= 1
-    parts = kernel.parts(config, card, group_size, m, n)
+    parts = tiling.parts(config, card, group_size, m, n)
     assert [part.first for part in parts] == [0, parts[0].tiles][: len(parts)]
     assert sum(part.tiles for part in parts) == config.tiles(m, n)
-    assert all(blocks >= 1 for part in parts for blocks in kernel.grid(part, card, group_size) if part.tiles > 0)
+    assert all(blocks >= 1 for part in parts for blocks in kernel.grid(part, card, group_size))
     assert kernel.threads(config) <= 1024
 
 
@@ -317,7 +318,7 @@ def test_the_table_is_well_formed():
         (Config("mma", 256, 128, 8), "shared memory"),
         (Config("mma", 128, 16, 2, 9), "splits"),
         (Config("mma", 128, 16, 2, 0), "splits"),
-        (Config("mma", 128, 16, 2, 1, 2), "a tail of 2"),
+        (Config("mma", 128, 16, 2, 1, 2), "a tail of 2 beside 1 splits of kernel 'mma', expected 1"),
     ],
 )
 def test_illegal_configurations(config, message):
@@ -328,7 +329,7 @@ def test_illegal_configurations(config, message):
     ("config", "message"),
     [
         (Config("wgmma", 128, 256, 5, 1, 2), "None"),
-        (Config("wgmma", 128, 256, 5, 2, 2), "a tail of 2 splits, expected none beside splits"),
+        (Config("wgmma", 128, 256, 5, 2, 2), "a tail of 2 beside 2 splits of kernel 'wgmma', expected 1"),
         (Config("wgmma", 128, 256, 5, 1, 0), "0 splits"),
         (Config("wgmma", 128, 256, 5, 1, 9), "9 splits"),
         (Config("wgmma", 128, 256, 2, 1, 2), "no room for the partial sums"),
@@ -341,12 +342,30 @@ def test_legal_and_illegal_tails(config, message):
 def test_a_last_wave_that_is_not_full_is_split():
     """48 x 4 tiles on 132 multiprocessors; 32 x 4 fill them."""
     config = tiling.choose(CARDS[3], 1024, 6144, 4096, 128)
-    whole, tail = KERNELS["wgmma"].parts(config, CARDS[3], 128, 1024, 6144)
+    whole, tail = tiling.parts(config, CARDS[3], 128, 1024, 6144)
     assert (whole.tiles, whole.config.splits) == (132, 1)
     assert (tail.first, tail.tiles, tail.config.splits) == (132, 60, 2)
     assert KERNELS["wgmma"].grid(tail, CARDS[3], 128) == (120, 1, 1)
     assert tiling.choose(CARDS[3], 1024, 4096, 4096, 128).tail == 1
     assert all(tiling.choose(CARDS[3], m, n, k, 128).tail == 1 for n, k in LINEARS for m in (1, 16, 64, 128))
+
+
+def test_a_tail_suits_the_tokens_also_where_the_table_has_the_tile(monkeypatch):
+    """192 and 144 tiles, of one bucket: 60 and 12 in the last wave."""
+    table = {CARDS[3].name: {"6144x4096 g128": {"1024": ["wgmma", 128, 256, 5, 1]}}}
+    monkeypatch.setattr(tiling, "_tuned", lambda: table)
+    tiling.choose.cache_clear()
+    assert [tiling.choose(CARDS[3], m, 6144, 4096, 128).tail for m in (1024, 768)] == [2, 8]
+    tiling.choose.cache_clear()
+
+
+@pytest.mark.parametrize("stages", [11, 12])
+def test_blocks_that_do_not_fit_together_are_not_modelled_together(stages):
+    """Twelve stages leave room for one block, eleven for two."""
+    config = Config("wgmma", 128, 8, stages)
+    (part,) = tiling.parts(config, CARDS[3], 128, 1, 37888)
+    at_once = {11: 2, 12: 1}[stages]
+    assert tiling.resident(config, CARDS[3], 128) == Wgmma()._waves(part, CARDS[3], 128)[0] == at_once
 
 
 def test_partial_sums_have_limits():
@@ -440,16 +459,21 @@ def test_every_configuration_gives_the_same_bits(cuda, group_size):
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize(("rows", "tokens", "stages"), [(128, 256, 5), (128, 16, 10), (256, 128, 6)])
 def test_tails_give_the_same_bits(hopper, rows, tokens, stages, group_size):
-    """More than one wave of tiles, a wave and a few tiles, and less than one."""
-    n, k = 3424, 1664 if group_size == 128 else 1728
-    weight = extreme_weight(n, k, group_size, 33, hopper)
-    packed = PackedWeight.pack(weight)
-    for m in (37 * tokens - 5, 5 * tokens, tokens):
+    """One wave and a few tiles, a wave alone, and less than one."""
+    k, config = 1664 if group_size == 128 else 1728, Config("wgmma", rows, tokens, stages)
+    card = gemm.card_of(torch.device(hopper))
+    wave = card.multiprocessors * tiling.resident(config, card, group_size)
+    row_tiles = next(tiles for tiles in (11, 10, 9, 8) if wave % tiles == 0)
+    n = row_tiles * rows - 32
+    packed = PackedWeight.pack(weight := extreme_weight(n, k, group_size, 33, hopper))
+    for tiles, expected_parts in ((wave + row_tiles, 2), (wave, 1), (wave - row_tiles, 1)):
+        m = tiles // row_tiles * tokens - 5
         activations, (bias, residual) = extreme_rows(m, k, m, hopper), vectors(m, n, m, hopper)
         reference = expected(activations, weight, bias, residual)
         for tail in (2, 3, 8):
-            config = Config("wgmma", rows, tokens, stages, 1, tail)
-            assert same(run(activations, packed, bias, residual, config), reference), (m, tail)
+            split = replace(config, tail=tail)
+            assert len(tiling.parts(split, card, group_size, m, n)) == expected_parts
+            assert same(run(activations, packed, bias, residual, split), reference), (m, tail)
 
 
 @pytest.mark.gpu
@@ -485,6 +509,30 @@ def test_graphs_can_be_replayed(cuda):
             tensor.copy_(value)
         graph.replay()
         assert same(y, expected(fresh, weight))
+
+
+@pytest.mark.gpu
+def test_a_tail_in_a_graph_between_other_kernels(hopper):
+    """Whose launches may overlap there."""
+    n, k, m, config = 6144, 1664, 1000, Config("wgmma", 128, 256, 5, 1, 2)
+    packed = PackedWeight.pack(weight := extreme_weight(n, k, 128, 34, hopper))
+    x = torch.randn(m, k, generator=generator(35)).half().to(hopper)
+
+    def step() -> tuple[Tensor, QuantizedRows]:
+        y = w4a8_gemm(quant_rows(x), packed, config=config)
+        return y, quant_rows(y)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, rows = step()
+    for seed in range(3):
+        x.copy_(torch.randn(m, k, generator=generator(seed)))
+        y.fill_(torch.nan)
+        graph.replay()
+        found = expected(quantize_rows(x), weight)
+        assert same(y, found)
+        assert torch.equal(rows.x8, quantize_rows(found).x8)
 
 
 @pytest.mark.gpu
@@ -543,9 +591,9 @@ def test_every_configuration_of_swiglu_gives_the_same_bits(hopper, group_size):
     card, interleaved = gemm.card_of(rows.x8.device), packed.interleaved()
     expected = silu_mul_of_the_rows(*w4a8_gemm(rows, packed).chunk(2, dim=1))
     for config in tiling.configs("wgmma", card, group_size):
-        if group_size == 128 or config.tokens in (8, 128):
+        if group_size == 128 or config.tokens in (8, 128, 256):
             tried = list(tiling.splits(config, card, m, n, k, group_size))
-            for split in (tried[0], tried[-1]) if config.tokens in (16, 64, 128) else tried[:1]:
+            for split in (tried[0], tried[-1]) if config.tokens in (16, 64, 128, 256) else tried[:1]:
                 with poison():
                     y = gate_up_silu(rows, interleaved, config=split)
                 assert same(finite(y), expected), split

@@ -115,6 +115,7 @@ class Product:
             "tile_tokens": self.config.tokens,
             "stages": self.config.stages,
             "splits": self.config.splits,
+            "tail": self.config.tail,
             "operations_per_byte": round(self.intensity, 3),
         }
 

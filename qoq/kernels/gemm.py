@@ -37,25 +37,25 @@ SPECIALISATIONS = (
     *(
         Specialisation(
             "gemm_wgmma.cu",
-            KERNELS["wgmma"].defines(Config("wgmma", *tile, 6, splits), group_size),
+            KERNELS["wgmma"].defines(Config("wgmma", *tile, 5, splits), group_size),
             architectures=("sm_90a",),
             expected=WGMMA_CODE,
         )
         for tile in KERNELS["wgmma"].shapes
         for group_size in (128, 64, -1)
-        for splits in (
-            (1, 3, 8) if tile in ((128, 8), (128, 64), (256, 128)) else (1, 2) if tile == (128, 256) else (1,)
-        )
+        for splits in ((1, 2, 5, 8) if tile in ((128, 8), (128, 64), (256, 128), (128, 256)) else (1,))
     ),
     *(
         Specialisation(
             "gemm_wgmma.cu",
-            KERNELS["wgmma"].defines(Config("wgmma", *tile, 6, splits), group_size, swiglu=True),
+            KERNELS["wgmma"].defines(Config("wgmma", *tile, 5, splits), group_size, swiglu=True),
             architectures=("sm_90a",),
             expected=(*WGMMA_CODE, r"MUFU\.EX2", r"MUFU\.RCP"),
         )
         for tile in KERNELS["wgmma"].shapes
-        for group_size, splits in (((128, 1), (64, 3), (-1, 1)) if tile in ((128, 8), (256, 128)) else ((128, 1),))
+        for group_size, splits in (
+            ((128, 1), (128, 2), (64, 5), (-1, 8)) if tile in ((128, 8), (256, 128), (128, 256)) else ((128, 1),)
+        )
     ),
 )
 
@@ -315,7 +315,7 @@ def _gemm_cuda(
     face = KERNELS[kernel]
     tensors = sx, sums, qweight, s1, s2, zeros, szero, bias, residual, out, workspace
     card = card_of(x8.device)
-    for part in face.parts(config, card, group_size, m, n):
+    for part in tiling.parts(config, card, group_size, m, n):
         kernels = module(face.source, x8.device, face.defines(part.config, group_size, swiglu))
         x = kernels.tensor_map(x8, (config.tokens, tiling.STEP)) if face.tensor_map else x8
         kernels.launch(
@@ -348,7 +348,7 @@ def _gemm_cpu(
     weight = PackedWeight(qweight, s1, s2, zeros, szero).unpack()
     y = QuantizedLinear(weight, bias).multiply(QuantizedRows(x8, sx, sums))
     if swiglu:
-        y = quant.silu_mul(*(side.flatten(1) for side in y.unflatten(1, (-1, 2, 8)).unbind(2)))
+        y = quant.silu_mul(*(side.flatten(1) for side in y.unflatten(1, (-1, 2, packing.INTERLEAVED)).unbind(2)))
     out.copy_(y if residual is None else residual + y)
 
 

@@ -146,13 +146,14 @@ def check_silu_mul_quant(device: torch.device) -> Outcome:
 
 
 def gemm_configs(device: torch.device, m: int, n: int, k: int, group_size: int) -> Iterator[Config | None]:
-    """What is chosen, and on a GPU each kernel of the card, with whole tiles and with tiles shared by two blocks."""
+    """What is chosen, and on a GPU the smallest and the largest tile of each kernel, alone and shared by two blocks."""
     yield None
     if device.type == "cuda":
         card = gemm.card_of(device)
         for kernel in card.limits.kernels:
-            tile = next(tiling.configs(kernel, card, group_size))
-            yield from islice(tiling.splits(tile, card, m, n, k, group_size), 2)
+            smallest, *_, largest = tiling.configs(kernel, card, group_size)
+            for tile in (smallest, largest):
+                yield from islice(tiling.splits(tile, card, m, n, k, group_size), 2)
 
 
 def check_w4a8_gemm(device: torch.device) -> Outcome:

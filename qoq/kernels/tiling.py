@@ -110,10 +110,6 @@ class Kernel(ABC):
     def resident(self, config: Config) -> int:
         """Blocks for which a multiprocessor has registers."""
 
-    def parts(self, config: Config, card: Card, group_size: int, M: int, N: int) -> list["Part"]:
-        """The launches that make a product."""
-        return [Part(config, 0, config.tiles(M, N))]
-
     @abstractmethod
     def grid(self, part: "Part", card: Card, group_size: int) -> tuple[int, int, int]:
         """Blocks to launch."""
@@ -234,7 +230,7 @@ class Wgmma(Kernel):
     swiglu = True
     tails = True
     WARPGROUP = 128
-    PART = 18  # multiprocessors, in one of which parts all blocks of a cluster must be; the last is smaller
+    NEIGHBOURS = 18  # multiprocessors, among which all blocks of a cluster must be; the last ones are fewer
     OVERHEAD = 7000  # clocks of a launch, its first copies and its last stores
     SPLIT_OVERHEAD = 300  # clocks in which the blocks of a cluster find one another
     SUM = 0.15  # clocks for showing a partial sum and adding it up
@@ -257,14 +253,6 @@ class Wgmma(Kernel):
     def resident(self, config: Config) -> int:
         return 2 if config.rows == self.WARPGROUP and config.tokens <= (64 if config.splits > 1 else 32) else 1
 
-    def parts(self, config: Config, card: Card, group_size: int, M: int, N: int) -> list[Part]:
-        tiles = config.tiles(M, N)
-        if config.tail == 1:
-            return [Part(config, 0, tiles)]
-        whole, last = config.launched
-        rest = tiles % (card.multiprocessors * resident(whole, card, group_size))
-        return [Part(whole, 0, tiles - rest), Part(last, tiles - rest, rest)]
-
     def grid(self, part: Part, card: Card, group_size: int) -> tuple[int, int, int]:
         if part.config.splits > 1:
             return part.tiles * part.config.splits, 1, 1
@@ -278,10 +266,10 @@ class Wgmma(Kernel):
 
     def clocks(self, config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> float:
         products, beside, most = 0.0, 0.0, 0
-        parts = [part for part in self.parts(config, card, group_size, M, N) if part.tiles > 0]
-        for part in parts:
+        launches = parts(config, card, group_size, M, N)
+        for part in launches:
             splits = part.config.splits
-            at_once, waves = self._waves(part, card)
+            at_once, waves = self._waves(part, card, group_size)
             # A warpgroup alone waits for its products and then dequantizes; several take turns, but not perfectly.
             warpgroups = at_once * self.warpgroups(config)
             step = 290 + 300 * warpgroups + (0.4 + 2 * warpgroups) * config.tokens
@@ -292,19 +280,20 @@ class Wgmma(Kernel):
                 sums = at_once * config.rows * config.tokens
                 beside += self.SPLIT_OVERHEAD + sums * self.SUM + (waves - 1) * self.WAVE
             most = max(most, part.tiles * splits)
-        at_once, _ = self._waves(parts[0], card)
+        first = launches[0]
+        at_once, _ = self._waves(first, card, group_size)
         busy = min(card.multiprocessors, most)
-        memory = memory_clocks(parts[0].config, card, M, N, K, group_size, busy, at_once)
+        memory = memory_clocks(first.config, card, M, N, K, group_size, busy, at_once)
         clocks = (memory**3 + products**3) ** (1 / 3) + self.OVERHEAD + 4 * config.tokens
-        return clocks + beside + (len(parts) - 1) * self.SECOND
+        return clocks + beside + (len(launches) - 1) * self.SECOND
 
-    def _waves(self, part: Part, card: Card) -> tuple[int, int]:
+    def _waves(self, part: Part, card: Card, group_size: int) -> tuple[int, int]:
         """Blocks that run at once on a multiprocessor, and the waves of them all."""
         splits, blocks = part.config.splits, part.tiles * part.config.splits
-        parts, rest = divmod(card.multiprocessors, self.PART)
-        clusters = parts * (self.PART // splits) + rest // splits
+        whole, rest = divmod(card.multiprocessors, self.NEIGHBOURS)
+        clusters = whole * (self.NEIGHBOURS // splits) + rest // splits
         alone = max(1, clusters) * splits  # blocks that have a multiprocessor for themselves
-        at_once = min(self.resident(part.config), -(-blocks // alone))
+        at_once = min(resident(part.config, card, group_size), -(-blocks // alone))
         return at_once, -(-blocks // (alone * at_once))
 
     def defines(self, config: Config, group_size: int, swiglu: bool = False) -> dict[str, int | str]:
@@ -342,9 +331,18 @@ def problem(config: Config, card: Card, M: int, N: int, K: int, group_size: int)
         return f"no room for the partial sums of {config.splits} splits"
     if config.tail != 1:
         if config.splits > 1 or not kernel.tails:
-            return f"a tail of {config.tail} splits, expected none beside splits, nor of kernel 'mma'"
+            return f"a tail of {config.tail} beside {config.splits} splits of kernel {config.kernel!r}, expected 1"
         return problem(config.launched[1], card, M, N, K, group_size)
     return None
+
+
+@cache
+def parts(config: Config, card: Card, group_size: int, M: int, N: int) -> tuple[Part, ...]:
+    """The launches that make a product."""
+    whole, last = config.launched[0], config.launched[-1]
+    tiles = config.tiles(M, N)
+    rest = 0 if config.tail == 1 else tiles % (card.multiprocessors * resident(whole, card, group_size))
+    return tuple(part for part in (Part(whole, 0, tiles - rest), Part(last, tiles - rest, rest)) if part.tiles > 0)
 
 
 def steps(K: int) -> int:
@@ -364,16 +362,27 @@ def configs(name: str, card: Card, group_size: int) -> Iterator[Config]:
 
 
 def splits(config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:
-    """The legal ways to split the tiles of a configuration, or those of its last wave where products take the time."""
+    """The legal ways to split the tiles of a configuration."""
     for count in range(1, max(1, steps(K) // STEPS_IN_SPLIT) + 1):
-        split, tail = replace(config, splits=count), replace(config, tail=count)
-        for each in (split, tail) if count > 1 and config.tokens >= TAIL_TOKENS else (split,):
-            if problem(each, card, M, N, K, group_size) is None:
-                yield each
+        split = replace(config, splits=count)
+        if problem(split, card, M, N, K, group_size) is None:
+            yield split
+
+
+def tails(config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:
+    """A configuration as it is, and with the legal tails of a last wave that is not full, where products take the
+    time."""
+    yield config
+    if config.splits == 1 and config.tokens >= TAIL_TOKENS:
+        for count in range(2, max(1, steps(K) // STEPS_IN_SPLIT) + 1):
+            tail = replace(config, tail=count)
+            legal = problem(tail, card, M, N, K, group_size) is None
+            if legal and len(parts(tail, card, group_size, M, N)) == 2:
+                yield tail
 
 
 def candidates(card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:
-    """All that the fastest kernel of a card offers for x8 (M, K) times W (N, K)."""
+    """All that the fastest kernel of a card offers for x8 (M, K) times W (N, K), without tails."""
     for config in configs(card.limits.kernels[-1], card, group_size):
         yield from splits(config, card, M, N, K, group_size)
 
@@ -383,15 +392,18 @@ def candidates(card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[
 
 @cache
 def choose(card: Card, M: int, N: int, K: int, group_size: int) -> Config:
-    """The configuration for x8 (M, K) times W (N, K) on a card: from the table, else of least modelled time."""
+    """The configuration for x8 (M, K) times W (N, K) on a card: from the table, else of least modelled time.
+
+    The tail is of least modelled time in any case: it depends on M, of which an entry of the table has many.
+    """
+    shape = M, N, K, group_size
     tuned = _tuned().get(card.name, {}).get(entry_name(N, K, group_size), {}).get(str(bucket(M)))
-    if tuned is not None:
-        config = Config(*tuned)
-        if problem(config, card, M, N, K, group_size) is None:
-            return config
+    found = [] if tuned is None else [Config(*tuned)]
+    if not found or problem(found[0], card, *shape) is not None:
+        found = list(candidates(card, *shape))
     return min(
-        candidates(card, M, N, K, group_size),
-        key=lambda config: KERNELS[config.kernel].clocks(config, card, M, N, K, group_size),
+        (each for config in found for each in tails(config, card, *shape)),
+        key=lambda config: KERNELS[config.kernel].clocks(config, card, *shape),
     )
 
 

@@ -4,11 +4,11 @@
 //
 // A block takes items: (sequence, KV head, up to 8 of its query heads, a split of the tokens). An item costs some us
 // besides its copies, so splits are long, and where there is room the next item's copies begin before the results of
-// this one are merged. Splits depend on the sequence's length alone, and every sum has one order, so a sequence gets the
-// same bits in any batch. The grid has as many blocks as fit; each starts with the item of its number and then draws
-// tickets, so ragged batches balance.
-// The last block to finish a split of a sequence and head merges them all. Where all tokens but a sequence's last are
-// known to be in the cache, the first copies of long sequences begin while the predecessor still appends the last ones.
+// this one are merged. Splits depend on the sequence's length alone, and every sum has one order, so a sequence gets
+// the same bits in any batch. The grid has as many blocks as fit; each starts with the item of its number and then
+// draws tickets, so ragged batches balance. The last block to finish a split of a sequence and head merges them all.
+// Where all tokens but a sequence's last are known to be in the cache, the first copies of long sequences begin while
+// the predecessor still appends the last ones.
 //
 // In a block every warp has its own tokens, 16 at a time in a ring of STAGES asynchronous copies, and its own running
 // softmax (common/kv_warp.cuh); nothing is shared until the end.

@@ -1,9 +1,9 @@
 // out = x8 * W^T, scaled, plus bias, plus residual: int8 activations times 4-bit weights on wgmma, sm_90a.
 //
-// Compiled for one tile: ROWS weight rows (128 or 256) by TOKENS tokens (8, 16, 32, 64, 96, 128 or, with 128 rows, 256),
+// Compiled for one tile: ROWS weight rows (128 or 256) by TOKENS tokens (8, 16, 32, 64, 96, 128; 256 with 128 rows),
 // STAGES steps of K in flight, SPLITS blocks of a cluster that share a tile along K, GROUP_SIZE 128, 64 or -1 (per
 // channel). Same face and same bits as gemm_mma.cu, but the activations come as a tensor map, the blocks of a cluster
-// meet in shared memory, and nothing is kept in `workspace`; and a launch may make some of the tiles.
+// meet in shared memory, nothing is kept in `workspace`, and a launch may make some of the tiles.
 //
 //     consumers: one or two warpgroups       read 16 bytes per lane, dequantize, multiply, scale, store
 //     producers: warp 0                      weights and their scales: bulk copies    }  a ring of STAGES steps with
@@ -11,10 +11,9 @@
 //
 // Weights are the products' first operand, in registers; tokens the second, in shared memory. The 16 bytes per lane of
 // a 32-row strip hold rows 0..15 in the low nibbles and rows 16..31 in the high ones. A warp takes both halves, and a
-// warpgroup makes two 64-row products, `low` and `high`; with 256 tokens its registers hold the sums of one product, two
-// warps share a strip, and a weight is dequantized for twice as many tokens. While the products of 32 features run, the
-// next 32 are dequantized. With SPLITS == 1 a block takes tile after tile, its producers ahead of its consumers; else it
-// takes one.
+// warpgroup makes two 64-row products. With 256 tokens its registers hold the sums of one: two warps share a strip, and
+// a weight is dequantized for twice as many tokens. While the products of 32 features run, the next 32 are dequantized.
+// With SPLITS == 1 a block takes tile after tile, its producers ahead of its consumers; else it takes one.
 //
 // With SWIGLU == 1 each half of a strip is 8 rows of a gate and the same 8 of an up, whose values a thread has in rows
 // g and g + 8: out (M, N / 2) = silu(gate) * up, of gate and up rounded to fp16, without a residual.
@@ -28,7 +27,8 @@
 #include "common/wgmma_tile.cuh"
 
 // One warp: a lane for each strip, then one for each row of scales. Weights are there before the predecessor ends.
-__device__ __forceinline__ void load_weights(const Linear& linear, const Work& work, Shared& shared) {
+__device__ __forceinline__ void load_weights(const Work& work, Shared& shared) {
+    const Linear& linear = work.linear;
     const int lane = threadIdx.x % 32;
     const bool is_strip = lane < STRIPS;
     const int level = lane - STRIPS, group = level / 2;
@@ -60,7 +60,8 @@ __device__ __forceinline__ void load_weights(const Linear& linear, const Work& w
 }
 
 // One thread. Zeros come from beyond M and K.
-__device__ __forceinline__ void load_activations(const Linear& linear, const Work& work, Shared& shared) {
+__device__ __forceinline__ void load_activations(const Work& work, Shared& shared) {
+    const Linear& linear = work.linear;
     prefetch_map(linear.x8);
     wait_for_predecessor();
     Place at(shared);
@@ -121,7 +122,8 @@ __device__ __forceinline__ void multiply_steps(Sums& sums, const Work& work, con
     if (lane == 0) arrive(previous);
 }
 
-__device__ __forceinline__ void consume(const Linear& linear, const Work& work, Shared& shared, int rank) {
+__device__ __forceinline__ void consume(const Work& work, Shared& shared, int rank) {
+    const Linear& linear = work.linear;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // one for all its lanes
     const int group = warp / 4, member = threadIdx.x % WARPGROUP;
     wait_for_predecessor();
@@ -203,8 +205,8 @@ w4a8_gemm(const __grid_constant__ TensorMap x8,  // (M, K), in boxes of TOKENS b
     if (thread >= CONSUMERS) {
         if constexpr (SHIFT_REGISTERS) give_registers<PRODUCER_REGISTERS>();
         const int warp = (thread - CONSUMERS) / 32;
-        if (warp == 0) load_weights(linear, work, shared);
-        if (warp == 1 && thread % 32 == 0) load_activations(linear, work, shared);
+        if (warp == 0) load_weights(work, shared);
+        if (warp == 1 && thread % 32 == 0) load_activations(work, shared);
         if constexpr (SPLITS > 1) {  // as the consumers do
             __syncwarp();
             for (int i = 0; i < 2; ++i) {
@@ -214,6 +216,6 @@ w4a8_gemm(const __grid_constant__ TensorMap x8,  // (M, K), in boxes of TOKENS b
         }
     } else {
         if constexpr (SHIFT_REGISTERS) take_registers<CONSUMER_REGISTERS>();
-        consume(linear, work, shared, rank);
+        consume(work, shared, rank);
     }
 }

@@ -36,7 +36,7 @@ struct Output {
     const int32_t* sums;
     int64_t corner;       // in `out`: this lane's token and rows of the first turn
     int token;            // this lane's of the first turn
-    bool exists;          // the strip, and this lane's word
+    bool exists;          // the warp's rows, and this lane's word
 
     __device__ __forceinline__ Output(const Linear& linear, const RowVectors& rows, Shared& shared, const Tile& tile,
                                       int warp, int lane)
@@ -58,8 +58,8 @@ struct Output {
     }
 
     // Where 16 bytes of `turned` stand: no bank is met twice.
-    __device__ __forceinline__ uint4& at(int token, int word) const {
-        return turned[token][word ^ token % 8 * WORDS / 8];
+    __device__ __forceinline__ uint4& at(int line, int word) const {
+        return turned[line][word ^ line % 8 * WORDS / 8];
     }
 
     __device__ __forceinline__ uint4 residual(int turn) const {

@@ -1,5 +1,4 @@
-// What the parts of gemm_wgmma.cu agree on: sizes, shared memory, and which tiles and steps a block takes. Defines: ROWS,
-// TOKENS, STAGES, SPLITS, GROUP_SIZE, and SWIGLU (0 or 1).
+// What the parts of gemm_wgmma.cu agree on: sizes, shared memory, and which tiles and steps a block takes. Its defines.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -40,7 +39,7 @@ constexpr int THREADS = CONSUMERS + WARPGROUP;
 constexpr int LEAD = STAGES / 2;        // steps that one warpgroup of consumers is ahead of the other
 constexpr int AT_ONCE = TOKENS < 64 || SPLITS < 6 ? SPLITS : 4;  // sums read of other blocks; more leave no registers
 
-// Three warpgroups start with 168 registers a thread; 128 int32 for each consumer need more.
+// Three warpgroups start with 168 registers a thread; consumers with more than 64 sums need more.
 constexpr bool SHIFT_REGISTERS = ROWS * TOKENS > 256 * 64;
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 
