@@ -21,8 +21,9 @@ from torch import Tensor
 from qoq.errors import KernelError
 from qoq.kernels import tiling
 from qoq.kernels.bench import gemm_specialisations, random_rows, random_weights
+from qoq.kernels.cards import Card
 from qoq.kernels.gemm import w4a8_gemm
-from qoq.kernels.tiling import BUCKETS, KERNELS, Card, Config
+from qoq.kernels.tiling import BUCKETS, KERNELS, Config
 from qoq.kernels.timing import Machine, compile_all, microseconds
 from qoq.roofline import MODELS
 

@@ -14,7 +14,8 @@ from qoq.cli import bench as command
 from qoq.errors import KernelError
 from qoq.kernels import bench, build, tiling, timing
 from qoq.kernels.bench import MEASUREMENTS, Pass, Plan, Product
-from qoq.kernels.tiling import Card, Config
+from qoq.kernels.cards import Card
+from qoq.kernels.tiling import Config
 from qoq.kernels.timing import Machine
 from qoq.roofline import CARDS, MODELS, DataSheet, Dimensions
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from qoq import packing, quant
 from qoq.checkpoint import pack_linear
 from qoq.errors import QoqError
-from qoq.kernels import gemm, tiling
+from qoq.kernels import cards, gemm, tiling
+from qoq.kernels.cards import Card
 from qoq.kernels.gemm import PackedWeight, gate_up_silu, w4a8_gemm
 from qoq.kernels.rows import quant_rows, silu_mul_quant
-from qoq.kernels.tiling import KERNELS, Card, Config, Wgmma
+from qoq.kernels.tiling import KERNELS, Config, Wgmma
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedRows, QuantizedWeight, quantize_rows
 
 GROUP_SIZES = (128, 64, -1)
@@ -443,7 +444,7 @@ def test_every_configuration_gives_the_same_bits(cuda, group_size):
     """The last of the tiles lack rows and tokens; the last steps of K, where groups allow it, lack features."""
     n, k, m = 864, {128: 1664, 64: 1728, -1: 1760}[group_size], 137
     weight, rows = extreme_weight(n, k, group_size, 12, cuda), extreme_rows(m, k, 13, cuda)
-    packed, (bias, residual), card = PackedWeight.pack(weight), vectors(m, n, 14, cuda), gemm.card_of(rows.x8.device)
+    packed, (bias, residual), card = PackedWeight.pack(weight), vectors(m, n, 14, cuda), cards.card_of(rows.x8.device)
     reference = expected(rows, weight, bias, residual)
     for kernel in card.limits.kernels:
         few = (8, 64, 128) if kernel == "mma" else (64, 128)  # compiling them all would take minutes
@@ -461,7 +462,7 @@ def test_every_configuration_gives_the_same_bits(cuda, group_size):
 def test_tails_give_the_same_bits(hopper, rows, tokens, stages, group_size):
     """One wave and a few tiles, a wave alone, and less than one."""
     k, config = 1664 if group_size == 128 else 1728, Config("wgmma", rows, tokens, stages)
-    card = gemm.card_of(torch.device(hopper))
+    card = cards.card_of(torch.device(hopper))
     wave = card.multiprocessors * tiling.resident(config, card, group_size)
     row_tiles = next(tiles for tiles in (11, 10, 9, 8) if wave % tiles == 0)
     n = row_tiles * rows - 32
@@ -588,7 +589,7 @@ def test_swiglu_has_the_bits_of_the_pair(hopper, f, k, group_size):
 def test_every_configuration_of_swiglu_gives_the_same_bits(hopper, group_size):
     n, k, m = 832, {128: 1664, 64: 1728, -1: 1760}[group_size], 137
     packed, rows = PackedWeight.pack(extreme_weight(n, k, group_size, 31, hopper)), extreme_rows(m, k, 32, hopper)
-    card, interleaved = gemm.card_of(rows.x8.device), packed.interleaved()
+    card, interleaved = cards.card_of(rows.x8.device), packed.interleaved()
     expected = silu_mul_of_the_rows(*w4a8_gemm(rows, packed).chunk(2, dim=1))
     for config in tiling.configs("wgmma", card, group_size):
         if group_size == 128 or config.tokens in (8, 128, 256):

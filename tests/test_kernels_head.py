@@ -10,7 +10,7 @@ from torch import Tensor
 from qoq import kernels
 from qoq.kernels import head, selftest
 from qoq.kernels.build import ARCHITECTURES
-from qoq.kernels.tiling import LIMITS
+from qoq.kernels.cards import LIMITS
 
 CUDA = torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

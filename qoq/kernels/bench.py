@@ -19,11 +19,12 @@ from qoq import paged
 from qoq.kernels import attention, head, rows, sampling, tiling
 from qoq.kernels.attention import Workspace, kv4_decode, kv4_gather, rope_kv4_append
 from qoq.kernels.build import Specialisation
+from qoq.kernels.cards import Card
 from qoq.kernels.gemm import PackedWeight, gate_up_silu, w4a8_gemm
 from qoq.kernels.head import lm_head
 from qoq.kernels.rows import quant_rows, rmsnorm_quant, silu_mul_quant
 from qoq.kernels.sampling import sample
-from qoq.kernels.tiling import KERNELS, Card, Config
+from qoq.kernels.tiling import KERNELS, Config
 from qoq.kernels.timing import Machine, microseconds
 from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, Layout

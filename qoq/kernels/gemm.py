@@ -10,9 +10,10 @@ from torch import Tensor
 
 from qoq import packing, quant
 from qoq.kernels import tiling
-from qoq.kernels.build import Specialisation, architecture, module
+from qoq.kernels.build import Specialisation, module
+from qoq.kernels.cards import card_of
 from qoq.kernels.library import expect, register
-from qoq.kernels.tiling import KERNELS, Card, Config
+from qoq.kernels.tiling import KERNELS, Config
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedLinear, QuantizedRows, QuantizedWeight
 
 # Sums of K products of a byte and an int8 must fit int32, and so must those of per-channel codes times 16.
@@ -272,13 +273,6 @@ def _multiply(
         out,
     )
     return out
-
-
-@cache
-def card_of(device: torch.device) -> Card:
-    """What `tiling` must know of a CUDA device."""
-    properties = torch.cuda.get_device_properties(device)
-    return Card(properties.name, architecture(device), properties.multi_processor_count)
 
 
 @cache

@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qoq.kernels.build import ARCHITECTURES, Specialisation, module
-from qoq.kernels.gemm import card_of
+from qoq.kernels.cards import LIMITS, RESERVED, Limits, card_of
 from qoq.kernels.library import expect, register
-from qoq.kernels.tiling import LIMITS, RESERVED, Limits
 
 TILES = ((128, 8), (128, 16), (128, 32), (128, 64), (256, 128))  # ROWS, TOKENS
 LINE_BYTES = 128  # of a row or a token in one stage

@@ -17,6 +17,7 @@ from torch import Tensor
 from qoq import kernels, packing, paged, quant, sampling
 from qoq.errors import KernelError
 from qoq.kernels import build, gemm, tiling
+from qoq.kernels.cards import card_of
 from qoq.kernels.gemm import PackedWeight
 from qoq.kernels.tiling import Config
 from qoq.models.decoder import KVTransform
@@ -149,7 +150,7 @@ def gemm_configs(device: torch.device, m: int, n: int, k: int, group_size: int) 
     """What is chosen, and on a GPU the smallest and the largest tile of each kernel, alone and shared by two blocks."""
     yield None
     if device.type == "cuda":
-        card = gemm.card_of(device)
+        card = card_of(device)
         for kernel in card.limits.kernels:
             smallest, *_, largest = tiling.configs(kernel, card, group_size)
             for tile in (smallest, largest):

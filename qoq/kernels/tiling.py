@@ -12,52 +12,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from qoq.kernels.cards import RESERVED, Card
+
 STEP = 128  # features of K in one stage
 TAIL_TOKENS = 128  # of a tile: fewer take memory's time, of which a second launch spares nothing
 STEPS_IN_SPLIT = 4  # at least, so that filling and draining the pipeline stays small beside them
 COUNTERS = 16384  # int32 words of the workspace: one counter for each split tile, then
 PARTIALS = 4 << 20  # partial sums
+LATENCY = 1400  # clocks from asking device memory to having
 TUNING = Path(__file__).with_name("tuning.json")
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens for which the table has entries
-
-
-# Cards
-
-
-@dataclass(frozen=True)
-class Card:
-    """A kind of GPU, or one that the code has never met."""
-
-    name: str
-    architecture: str  # as the compiler calls it
-    multiprocessors: int
-
-    @property
-    def limits(self) -> "Limits":
-        return LIMITS.get(self.architecture, LIMITS["sm_89"])
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one multiprocessor. Rates are for each clock, of what kernels reach rather than of data sheets."""
-
-    shared_bytes: int
-    memory: float  # bytes from device memory, the multiprocessor's share
-    cache: float  # bytes from L2
-    products: int  # int8 multiply-adds of mma.sync
-    kernels: tuple[str, ...] = ("mma",)  # that run there, the fastest last
-
-
-KB = 1024
-LIMITS = {
-    "sm_80": Limits(164 * KB, 11.8, 36, 2000),
-    "sm_86": Limits(100 * KB, 5.5, 16, 1000),
-    "sm_89": Limits(100 * KB, 2.3, 14, 1000),
-    "sm_90a": Limits(228 * KB, 14.4, 24, 2700, ("mma", "wgmma")),
-    "sm_120": Limits(100 * KB, 4.0, 14, 1000),
-}
-RESERVED = 1 * KB  # of shared memory, by the system, for each block
-LATENCY = 1400  # clocks from asking device memory to having
 
 
 # Kernels

@@ -17,9 +17,9 @@ from itertools import pairwise
 
 import torch
 
-from qoq.kernels import build, gemm
+from qoq.kernels import build
 from qoq.kernels.build import Specialisation
-from qoq.kernels.tiling import Card
+from qoq.kernels.cards import Card, card_of
 from qoq.roofline import DataSheet, sheet_of
 
 GRAPH_US, REPLAYS = 1000, 9  # a graph's time, roughly, or more; measured replays of it, after one more
@@ -47,7 +47,7 @@ class Machine:
         """
         build.architecture(torch.device("cuda", 0))
         device = torch.device("cuda", torch.cuda.current_device())
-        card = gemm.card_of(device)
+        card = card_of(device)
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         return Machine(device, card, cache_bytes, copy_rate(device), sheet_of(card.name))
 
