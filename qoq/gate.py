@@ -138,16 +138,19 @@ def smallest_change(checkpoint: Checkpoint, budget: Budget, checks: Sequence[Che
 
 def _smaller(checkpoint: Checkpoint, size: float, limit: float) -> Change | str:
     """Another layout of the weights: its size is known, its quality is not."""
-    if checkpoint.half_precision:
-        full = size_in_bytes(checkpoint.spec, checkpoint.group_size, checkpoint.kv_cache)
-        if full <= limit:
-            why = f"with no linear in 16 bits it has {full} bytes instead of {size:.0f}; quality is to be measured"
-            return Change({"modules_to_not_convert": []}, why, {"size_bytes": full})
-    if checkpoint.group_size != -1:
-        channel = size_in_bytes(checkpoint.spec, -1, checkpoint.kv_cache)
-        if channel <= limit:
-            why = f"per-channel weights have {channel} bytes instead of {size:.0f}; quality is to be measured"
-            return Change({"group_size": -1}, why, {"size_bytes": channel})
+    group, half = checkpoint.group_size, checkpoint.half_precision
+    quantized: dict[str, Any] = {"modules_to_not_convert": []} if half else {}
+    channel = {"group_size": -1} if group != -1 else {}
+    choices = (
+        (quantized, "with no linear in 16 bits", group, frozenset[str]()),
+        (channel, "with per-channel weights", -1, half),
+        (quantized | channel, "with per-channel weights and no linear in 16 bits", -1, frozenset[str]()),
+    )
+    for recipe, what, group_size, left in choices:
+        found = size_in_bytes(checkpoint.spec, group_size, checkpoint.kv_cache, left)
+        if recipe and found <= limit:
+            why = f"{what} it has {found} bytes instead of {size:.0f}; quality is to be measured"
+            return Change(recipe, why, {"size_bytes": found})
     return "no layout of these weights is that small: the embeddings stay in 16 bits"
 
 

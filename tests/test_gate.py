@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from conftest import only_line
@@ -190,6 +191,24 @@ def test_a_smaller_layout(made):
     assert isinstance(found, Change) and found.recipe == {"group_size": -1}
     assert found.estimate == {"size_bytes": channel}
     assert "no layout" in change_for(made, {"size_bytes": float(size)}, size_bytes=channel - 1)
+
+
+def test_a_smaller_layout_beside_linears_in_16_bits_has_the_bytes_of_its_recipe(made, monkeypatch):
+    left = ["model.layers.1.mlp.down_proj"]
+    monkeypatch.setattr(made, "spec", dataclasses.replace(made.spec, num_layers=100))  # where either may be smaller
+    monkeypatch.setattr(made, "half_precision", half_linears(made.spec, left))
+
+    def bytes_of(group_size, names):
+        return size_in_bytes(made.spec, group_size, made.kv_cache, half_linears(made.spec, names))
+
+    size = float(bytes_of(128, left))
+    quantized: dict[str, Any] = {"modules_to_not_convert": []}
+    for recipe in (quantized, {"group_size": -1}, quantized | {"group_size": -1}):
+        limit = bytes_of(recipe.get("group_size", 128), recipe.get("modules_to_not_convert", left))
+        found = change_for(made, {"size_bytes": size}, size_bytes=limit)
+        assert isinstance(found, Change) and found.recipe == recipe
+        assert found.estimate == {"size_bytes": limit} and f" {limit} bytes" in found.why
+    assert "no layout" in change_for(made, {"size_bytes": size}, size_bytes=limit - 1)
 
 
 # The command
