@@ -215,6 +215,13 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
 
 
+def pack_awq(codes: torch.Tensor) -> torch.Tensor:
+    """(K, N) uint8 -> (K, N/8) int32 as AWQ has it: of each eight columns 0 2 4 6 1 3 5 7, lowest nibble first."""
+    eights = codes.unflatten(-1, (-1, 8)).to(torch.int64)
+    words = sum(eights[..., column] << 4 * nibble for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+    return torch.as_tensor(words).to(torch.uint32).view(torch.int32)
+
+
 def weight_of(checkpoint: Any, full: str) -> Any:
     """The quantized weight of the linear of this full name."""
     index, name = full.removeprefix("model.layers.").split(".", 1)

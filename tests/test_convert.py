@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import only_line, relative, tensors_of, weight_of
+from conftest import only_line, pack_awq, relative, tensors_of, weight_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,13 +123,13 @@ def test_nibbles_come_back(seed):
     codes = torch.randint(0, 16, (16, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     assert torch.equal(nibbles.unpack(nibbles.pack(codes)), codes)
     assert torch.equal(nibbles.unpack_columns(nibbles.pack_columns(codes)), codes)
-    assert torch.equal(nibbles.unpack_awq(nibbles.pack_awq(codes)), codes)
+    assert torch.equal(nibbles.unpack_awq(pack_awq(codes)), codes)
 
 
 def test_the_order_of_nibbles_in_a_word():
     codes = torch.arange(8, dtype=torch.uint8)[None]
     assert int(nibbles.pack(codes)) == 0x76543210
-    assert int(nibbles.pack_awq(codes)) == 0x75316420
+    assert int(pack_awq(codes)) == 0x75316420
 
 
 # Exports

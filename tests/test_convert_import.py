@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import only_line, relative, tensors_of, weight_of
+from conftest import only_line, pack_awq, relative, tensors_of, weight_of
 from safetensors.torch import save_file
 
 from qoq import verify
@@ -263,7 +263,7 @@ def gptq_linear(weight, version=1, g_idx=True):
 
 def awq_linear(weight):
     pack = {"qweight": weight.codes, "qzeros": weight.zero}
-    return {name: nibbles.pack_awq(x.T.contiguous()) for name, x in pack.items()} | {"scales": weight.scale.T}
+    return {name: pack_awq(x.T.contiguous()) for name, x in pack.items()} | {"scales": weight.scale.T}
 
 
 def ct_linear(weight, symmetric):

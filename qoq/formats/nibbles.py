@@ -37,8 +37,3 @@ def unpack_awq(words: Tensor) -> Tensor:
     """(K, N/8) int32 in AWQ's order -> (K, N) uint8."""
     nibbles = unpack(words).unflatten(-1, (-1, 8))
     return nibbles[..., torch.tensor(AWQ_ORDER).argsort()].flatten(-2)
-
-
-def pack_awq(codes: Tensor) -> Tensor:
-    """(K, N) uint8 -> (K, N/8) int32: the inverse of `unpack_awq`."""
-    return pack(codes.unflatten(-1, (-1, 8))[..., torch.tensor(AWQ_ORDER)].flatten(-2))
