@@ -97,7 +97,7 @@ def open_origin(folder: Path, base: Path | None = None, level2_order: str | None
     }
     if method == "qoq" and "version" in declared:
         return OwnFolder(folder)
-    if method in readers:
+    if isinstance(method, str) and method in readers:
         return readers[method](folder)
     if method not in (None, "qoq"):
         known = ", ".join(("qoq", *readers))

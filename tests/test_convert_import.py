@@ -21,6 +21,7 @@ from qoq.models.source import open_source
 from qoq.quant import ChannelWeight, GroupedWeight, QuantizedWeight, round_channel, round_grouped
 
 UP = "model.layers.1.mlp.up_proj"
+FIRST_S2 = "model.layers.0.self_attn.q_proj.s2_scales"
 FULL_NAMES = [f"model.layers.{index}.{name}" for index in range(2) for name in LINEARS]
 
 
@@ -142,6 +143,7 @@ def test_pickles_run_no_code(qserve, tmp_path):
     [
         (lambda t: t.pop(LM_HEAD), "lm_head.weight is missing"),
         (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][:32]}), r"up_proj.qweight has shape \[32, 128\]"),
+        (lambda t: t.update({FIRST_S2: torch.tensor(1)}), r"q_proj.s2_scales has shape \[\], expected \[K/g, N\]"),
         (lambda t: t.update({f"{UP}.dequant_scale": torch.ones(3)}), "W8A8"),
         (lambda t: t.update({f"{UP}.s1_scales": t[f"{UP}.s1_scales"].float()}), "s1_scales: dtype float32, expected"),
     ],
@@ -385,6 +387,8 @@ def test_what_is_wrong_with_a_foreign_folder_is_named(foreign, tmp_path, kind, c
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 config_groups"),
         ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8}}}}, "format"),
         ({"quant_method": "fp8"}, "quant_method is 'fp8'"),
+        ({"quant_method": ["awq"]}, r"quant_method is \['awq'\]; read are"),
+        ({"quant_method": "awq", "bits": 4, "group_size": torch.inf}, "quantization_config is not as awq has it"),
     ],
 )
 def test_other_schemes_are_refused(foreign, declared, message):

@@ -121,7 +121,8 @@ class ForeignFolder(Origin):
         self.tensors = self.open()
         try:
             self.group_size = self.find_group_size()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # anything may stand in someone's config
+        # anything may stand in someone's config
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             where = f"{self.described_by}/config.json: quantization_config"
             raise CheckpointError(f"{where} is not as {self.format} has it ({first_line(error)})") from None
         if self.group_size not in (128, 64, -1):

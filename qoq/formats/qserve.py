@@ -53,6 +53,8 @@ class QServeFolder(ForeignFolder):
         first = f"model.layers.0.{next(iter(LINEARS))}.s2_scales"
         if first not in names:
             raise CheckpointError(f"{self.folder}: neither *.s1_szeros nor {first}; not a QServe folder")
+        if len(names[first]) != 2:
+            raise CheckpointError(f"{self.folder}: {first} has shape {list(names[first])}, expected [K/g, N]")
         return self.spec.linear_shape(next(iter(LINEARS)))[1] // max(1, names[first][0])
 
     def weight_shapes(self, n: int, k: int) -> Shapes:
