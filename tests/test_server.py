@@ -162,6 +162,41 @@ def test_chat(client, idle):
     assert in_parts.usage.prompt_tokens == whole.usage.prompt_tokens
 
 
+def test_fields_that_change_nothing(client, served):
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    chat: dict[str, Any] = {"messages": messages, "temperature": 0, "max_tokens": 4}
+    texts = []
+    changes: list[dict[str, Any]] = [
+        {},
+        {"user": "a", "metadata": {"b": "c"}, "store": True, "service_tier": "auto", "safety_identifier": "d"},
+        {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "auto"},
+        {"reasoning_effort": None, "logit_bias": None, "guided_json": None, "skip_special_tokens": True},
+        {"chat_template_kwargs": None, "stop": None, "stream_options": None},
+        {"messages": [{"role": "user", "content": "Hi", "name": "Jo", "tool_calls": None, "annotations": []}]},
+    ]
+    for more in changes:
+        answer = served.post("/v1/chat/completions", json=chat | more)
+        assert answer.status_code == 200, answer.text
+        texts.append(answer.json()["choices"][0]["message"]["content"])
+    assert len(set(texts)) == 1
+    # an answer may come back in the form that the client gave it
+    said = client.chat.completions.create(model=MODEL, **chat).choices[0].message.model_dump()
+    asked = chat | {"messages": [*messages, said, *messages]}
+    assert served.post("/v1/chat/completions", json=asked).status_code == 200
+
+
+def test_variables_of_the_chat_template(checkpoint_folder):
+    engine = load(checkpoint_folder())
+    engine.tokenizer.chat_template = "{{ messages[0]['content'] }}{% if thinking is false %}<x>{% endif %}"
+    with Served(engine) as server:
+        counts = []
+        for variables in ({}, {"thinking": True}, {"thinking": False}):
+            asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+            answer = server.post("/v1/chat/completions", json=asked | {"chat_template_kwargs": variables})
+            counts.append(answer.json()["usage"]["prompt_tokens"])
+    assert counts == [2, 2, 5]
+
+
 def whole_ids(text: str) -> list[int]:
     from conftest import make_tokenizer
 
@@ -312,11 +347,17 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"prompt": [[1]] * 2000}, "2000 prompts, at most 1280 can wait"),
         ({"n": 2}, "n is not supported, expected 1"),
         ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
+        ({"max_token": 5}, "max_token is not supported"),
+        ({"guided_json": {}}, "guided_json is not supported"),
+        ({"skip_special_tokens": False}, "skip_special_tokens is not supported, expected True"),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs is not supported"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats is not"),
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"max_tokens": "8"}, "max_tokens: Input should be a valid integer"),
         ({"temperature": -1}, "temperature is -1"),
         ({"stop": [""]}, "stop is ''"),
-        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": ["x"] * 17}, "stop: expected a string or at most 16 strings"),
+        ({"stop": ["x", 1]}, "stop: expected a string or at most 16 strings"),
         ({"logprobs": 21}, "logprobs is 21"),
     ],
 )
@@ -336,6 +377,13 @@ def test_a_refused_completion(served, idle, changes, message, stream):
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "the model takes fewer than 256"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"tools": [{}]}, "tools is not supported"),
+        ({"reasoning_effort": "high"}, "reasoning_effort is not supported"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages.0.tool_call_id is not"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages.0.tool_calls is not supported"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs: Input should be"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template is not supported"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize is not supported"),
+        ({"chat_template_kwargs": {"messages": []}}, "the chat template refuses the messages"),
     ],
 )
 def test_a_refused_chat(served, idle, changes, message):

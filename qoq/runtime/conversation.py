@@ -1,6 +1,6 @@
 """A conversation with a model, in the form that its chat template gives it."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from qoq.errors import QoqError
@@ -56,10 +56,10 @@ class Conversation:
             raise QoqError(output.error)
 
 
-def chat_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def chat_tokens(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
     """Messages in the tokenizer's chat template, up to where the answer begins.
 
-    The template alone says which special tokens there are.
+    The template alone says which special tokens there are, and which variables it knows.
 
     Raises:
         QoqError: the template refuses them.
@@ -67,6 +67,8 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False, **(variables or {})
+        )
     except (TemplateError, TypeError) as error:
         raise QoqError(f"the chat template refuses the messages: {error}") from None

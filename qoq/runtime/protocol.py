@@ -1,6 +1,7 @@
 """OpenAI's API as far as `qoq serve` speaks it: what a request may say, and how answers look.
 
-A field that would change the answer and is not known here is refused, unless it has the value that changes nothing.
+A field that is not known here is refused, unless it changes nothing: null, a value that it has anyway, or a field that
+no answer depends on.
 """
 
 import time
@@ -8,11 +9,25 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from qoq.runtime.engine import Prompt, RequestOutput
 from qoq.runtime.sampler import SamplingParams
 
+IGNORED = {  # whatever they say
+    "user",
+    "name",  # of a message's author
+    "store",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+    "parallel_tool_calls",
+    "include_obfuscation",
+}
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # and the values that change nothing
     "n": (1,),
     "best_of": (1,),
@@ -21,16 +36,28 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # and the values that change nothin
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
+    "length_penalty": (1,),
     "min_tokens": (0,),
-    "prompt_logprobs": (),
+    "bad_words": ([],),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
+    "tool_calls": ([],),  # these two of messages that were answers
+    "annotations": ([],),
 }
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions; a chat goes on to the end of the context
 MIN_LOGPROB = -9999.0  # JSON has no infinity
-Stop = Annotated[list[str], Field(max_length=16)]
+MAX_STOPS = 16
 Asked = TypeVar("Asked", bound="Sampling")
 
 
@@ -47,7 +74,16 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code or self.status}}
 
 
+def _stop_strings(value: Any) -> Any:
+    strings = value if isinstance(value, list) else [value]
+    if value is not None and (len(strings) > MAX_STOPS or not all(isinstance(one, str) for one in strings)):
+        raise PydanticCustomError("stop", f"expected a string or at most {MAX_STOPS} strings")
+    return value
+
+
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     include_usage: bool | None = None
 
 
@@ -63,7 +99,7 @@ class Sampling(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | Stop | None = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_stop_strings)] = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -117,6 +153,8 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     role: str
     content: str | list[TextPart] | None = None
 
@@ -135,13 +173,14 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def read(kind: type[Asked], body: bytes) -> Asked:
     """A request from its JSON.
 
     Raises:
-        ApiError: no JSON, a wrong type, or a field that is not supported.
+        ApiError: no JSON, a wrong type, or a field that is not known and may change the answer.
     """
     try:
         request = kind.model_validate_json(body)
@@ -149,12 +188,21 @@ def read(kind: type[Asked], body: bytes) -> Asked:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ApiError(400, f"{where or 'body'}: {first['msg']}", where or None) from None
-    for name, neutral in UNSUPPORTED.items():
-        value = (request.model_extra or {}).get(name)
-        if value is not None and value not in neutral:
-            expected = f", expected {neutral[0]!r}" if neutral else ""
-            raise ApiError(400, f"{name} is not supported{expected}", name)
+    _refuse_unknown(request)
+    if request.stream_options is not None:
+        _refuse_unknown(request.stream_options, "stream_options.")
+    if isinstance(request, ChatRequest):
+        for number, message in enumerate(request.messages):
+            _refuse_unknown(message, f"messages.{number}.")
     return request
+
+
+def _refuse_unknown(part: BaseModel, where: str = "") -> None:
+    for name, value in (part.model_extra or {}).items():
+        neutral = UNSUPPORTED.get(name, ())
+        if value is not None and name not in IGNORED and value not in neutral:
+            expected = f", expected {neutral[0]!r}" if neutral else ""
+            raise ApiError(400, f"{where}{name} is not supported{expected}", where + name)
 
 
 class Reply:

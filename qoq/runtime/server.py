@@ -3,9 +3,10 @@
 import asyncio
 import copy
 import hmac
+import inspect
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -106,7 +107,8 @@ class _Server:
             raise ApiError(400, "top_logprobs needs logprobs", "top_logprobs")
         params = asked.params(self.engine.engine.max_model_len, (asked.top_logprobs or 0) if asked.logprobs else None)
         messages = [message.plain() for message in asked.messages]
-        tokens = await self._tokenizing(lambda: self._chat_tokens(messages))
+        variables = asked.chat_template_kwargs or {}
+        tokens = await self._tokenizing(lambda: self._chat_tokens(messages, variables))
         return await self._answer(request, asked, [tokens], params, chat=True, starts=[""])
 
     def _check_model(self, asked: Sampling) -> None:
@@ -126,11 +128,15 @@ class _Server:
     def _tokens(self, prompt: Prompt) -> Prompt:
         return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
 
-    def _chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def _chat_tokens(self, messages: Sequence[dict[str, str]], variables: Mapping[str, Any]) -> list[int]:
         if not self.tokenizer.chat_template:
             raise ApiError(400, "the model has no chat template, expected a request to /v1/completions")
+        for name in variables:  # no template of the client's own, nor a prompt that is not tokens
+            if name in inspect.signature(self.tokenizer.apply_chat_template).parameters:
+                where = f"chat_template_kwargs.{name}"
+                raise ApiError(400, f"{where} is not supported, expected a variable of the template", where)
         try:
-            return chat_tokens(self.tokenizer, messages)
+            return chat_tokens(self.tokenizer, messages, variables)
         except QoqError as error:
             raise ApiError(400, str(error), "messages") from None
 
