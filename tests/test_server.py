@@ -247,6 +247,26 @@ def test_logprobs(client):
     asked = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 3}
     content = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert all(entry.logprob == entry.top_logprobs[0].logprob for entry in content)
+    for count in (0, 1):  # a token that is not the likeliest is not among them
+        warm = asked | {"temperature": 2, "max_tokens": 20, "seed": 1, "logprobs": True}
+        content = client.chat.completions.create(**warm, top_logprobs=count or None).choices[0].logprobs.content
+        assert {len(entry.top_logprobs) for entry in content} == {count}
+    assert any(entry.token != entry.top_logprobs[0].token for entry in content)
+
+
+def test_logprobs_of_parts_of_characters(client):
+    """Each token is a byte here; what they make together is the text."""
+    asked = GREEDY | {"prompt": "né→", "max_tokens": 0, "logprobs": 0, "echo": True}
+    told = client.completions.create(**asked).choices[0].logprobs
+    assert told.tokens == ["<s>", "n", *["\ufffd"] * 5]
+    assert told.text_offset == [0, 0, 1, 1, 2, 2, 2]  # the text has no <s>
+    messages = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "temperature": 2, "seed": 1}
+    whole = client.chat.completions.create(**messages, max_tokens=60, logprobs=True, extra_body=FULL)
+    content = whole.choices[0].logprobs.content
+    assert all(len(entry.bytes) == 1 or entry.token in ("", "<s>", "</s>") for entry in content)
+    assert any(entry.token == "\ufffd" for entry in content)
+    said = b"".join(bytes(entry.bytes) for entry in content if entry.token not in ("<s>", "</s>"))
+    assert said.decode(errors="replace").rstrip("\ufffd") == whole.choices[0].message.content.rstrip("\ufffd")
 
 
 def test_logprobs_of_an_echo(client):
@@ -260,7 +280,12 @@ def test_logprobs_of_an_echo(client):
         assert own <= max(top.values())
     # a prompt's token has the log-probability that it would be sampled with
     asked["prompt"] = [256, *whole_ids(PROMPT)]
-    assert client.completions.create(**asked).choices[0].logprobs == told
+    by_ids = client.completions.create(**asked).choices[0]
+    offsets = {"text_offset"}  # this text has the first token
+    assert by_ids.logprobs.model_dump(exclude=offsets) == told.model_dump(exclude=offsets)
+    for choice in (whole, by_ids):
+        places = zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True)
+        assert all(choice.text.startswith(name, offset) for name, offset in list(places)[1:count])
     before = asked | {"prompt": asked["prompt"][:5], "echo": False, "logprobs": 20}
     top = client.completions.create(**before).choices[0].logprobs.top_logprobs[0]
     name = told.tokens[5]

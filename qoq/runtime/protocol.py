@@ -4,6 +4,7 @@ A field that is not known here is refused, unless it changes nothing: null, a va
 no answer depends on.
 """
 
+import codecs
 import time
 import uuid
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from qoq.runtime.engine import Prompt, RequestOutput
 from qoq.runtime.sampler import SamplingParams
+from qoq.runtime.token_bytes import TokenBytes
 
 IGNORED = {  # whatever they say
     "user",
@@ -208,12 +210,14 @@ def _refuse_unknown(part: BaseModel, where: str = "") -> None:
 class Reply:
     """One answer as it is written: its id, and the objects that carry parts of it or all of it."""
 
-    def __init__(self, chat: bool, model: str, tokenizer: Any, starts: Sequence[str]):
-        self.chat, self.tokenizer, self.starts = chat, tokenizer, starts  # starts: echoed prompts, or empty strings
+    def __init__(self, chat: bool, model: str, token_bytes: TokenBytes, starts: Sequence[str], top: int = 0):
+        """`starts` are the echoed prompts, or empty strings; `top` is how many of the likeliest tokens a chat tells."""
+        self.chat, self.bytes, self.starts, self.top = chat, token_bytes, starts, top
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._model, self._created = model, int(time.time())
         self._told = [0] * len(starts)  # tokens whose log-probabilities were sent, echoed ones included
-        self._offset = [0] * len(starts)  # characters of these
+        self._offset = [0] * len(starts)  # characters of these that the text has
+        self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in starts]
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -261,14 +265,17 @@ class Reply:
         told: list[dict[int, float] | None] = [*(output.logprobs or [])]
         if output.prompt_logprobs is not None:  # echoed
             tokens, told = output.prompt_token_ids + tokens, output.prompt_logprobs + told
+            if self._told[index] == 0:  # the text lacks what a tokenizer puts before it
+                echoed = b"".join(self.bytes[token] for token in output.prompt_token_ids)
+                self._offset[index] = len(self.starts[index]) - len(echoed.decode(errors="replace"))
         begin, self._told[index] = self._told[index], len(tokens)
         tokens, told = tokens[begin:], told[begin:]
         if self.chat:
             return {"content": [self._content(token, own or {}) for token, own in zip(tokens, told, strict=True)]}
-        names, offsets = [self._name(token) for token in tokens], []
-        for name in names:
-            offsets.append(self._offset[index])
-            self._offset[index] += len(name)
+        offsets = []
+        for token in tokens:
+            offsets.append(max(0, self._offset[index]))
+            self._offset[index] += len(self._decoders[index].decode(self.bytes[token]))
         values: list[float | None] = []
         tops: list[dict[str, float] | None] = []
         for token, own in zip(tokens, told, strict=True):
@@ -277,21 +284,19 @@ class Reply:
                 tops.append(None)
                 continue
             values.append(_finite(own[token]))
-            top = {self._name(token): _finite(own[token])}
+            top = {self.bytes.name(token): _finite(own[token])}
             for other, value in own.items():
-                top.setdefault(self._name(other), _finite(value))  # parts of characters share a name
+                top.setdefault(self.bytes.name(other), _finite(value))  # parts of characters share a name
             tops.append(top)
+        names = [self.bytes.name(token) for token in tokens]
         return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _content(self, token: int, own: dict[int, float]) -> dict[str, Any]:
-        return self._entry(token, own[token]) | {"top_logprobs": [self._entry(*pair) for pair in own.items()]}
+        likeliest = list(own.items())[: self.top]  # the token's own may follow them
+        return self._entry(token, own[token]) | {"top_logprobs": [self._entry(*pair) for pair in likeliest]}
 
     def _entry(self, token: int, value: float) -> dict[str, Any]:
-        name = self._name(token)
-        return {"token": name, "logprob": _finite(value), "bytes": list(name.encode())}
-
-    def _name(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        return {"token": self.bytes.name(token), "logprob": _finite(value), "bytes": list(self.bytes[token])}
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:

@@ -22,6 +22,7 @@ from qoq.runtime.conversation import chat_tokens
 from qoq.runtime.engine import LLMEngine, Prompt, RequestOutput
 from qoq.runtime.protocol import COMPLETION_TOKENS, ApiError, ChatRequest, CompletionRequest, Reply, Sampling, read
 from qoq.runtime.sampler import SamplingParams
+from qoq.runtime.token_bytes import TokenBytes
 
 MAX_BODY = 16 << 20  # bytes
 CLIENT_LEFT = 499  # nobody sees this status
@@ -57,6 +58,7 @@ class _Server:
     def __init__(self, engine: LLMEngine, model_name: str, max_queue: int, api_key: str | None):
         self.engine, self.model_name, self.api_key = AsyncEngine(engine, max_queue), model_name, api_key
         self.tokenizer = copy.deepcopy(engine.tokenizer)  # the engine's thread has its own
+        self.token_bytes = TokenBytes(self.tokenizer)
         self.tokenizing = ThreadPoolExecutor(1)
 
     @asynccontextmanager
@@ -96,7 +98,8 @@ class _Server:
         if asked.echo:
             starts = await self._tokenizing(lambda: [self._text(prompt) for prompt in prompts])
         tokens: list[Prompt] = await self._tokenizing(lambda: [self._tokens(prompt) for prompt in prompts])
-        return await self._answer(request, asked, tokens, params, chat=False, starts=starts)
+        reply = Reply(False, self.model_name, self.token_bytes, starts)
+        return await self._answer(request, asked, tokens, params, reply)
 
     async def chat(self, request: Request) -> Response:
         asked = read(ChatRequest, await _body(request))
@@ -109,7 +112,8 @@ class _Server:
         messages = [message.plain() for message in asked.messages]
         variables = asked.chat_template_kwargs or {}
         tokens = await self._tokenizing(lambda: self._chat_tokens(messages, variables))
-        return await self._answer(request, asked, [tokens], params, chat=True, starts=[""])
+        reply = Reply(True, self.model_name, self.token_bytes, [""], asked.top_logprobs or 0)
+        return await self._answer(request, asked, [tokens], params, reply)
 
     def _check_model(self, asked: Sampling) -> None:
         if asked.model not in (None, self.model_name):
@@ -141,18 +145,11 @@ class _Server:
             raise ApiError(400, str(error), "messages") from None
 
     async def _answer(
-        self,
-        request: Request,
-        asked: Sampling,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        chat: bool,
-        starts: Sequence[str],
+        self, request: Request, asked: Sampling, prompts: Sequence[Prompt], params: SamplingParams, reply: Reply
     ) -> Response:
         if len(prompts) > self.engine.capacity:
             raise ApiError(400, f"{len(prompts)} prompts, at most {self.engine.capacity} can wait", "prompt")
         answers = await self.engine.submit(prompts, params)
-        reply = Reply(chat, self.model_name, self.tokenizer, starts)
         if asked.stream:
             return _Events(answers, _events(answers, reply, asked.include_usage))
         outputs = await _unless_left(answers, request)
