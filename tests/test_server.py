@@ -300,6 +300,26 @@ def test_logprobs_of_an_echo(client):
     assert values == told.token_logprobs
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_written_where_the_tokenizer_is(client, served, monkeypatch, stream):
+    """A long answer has many; the event loop is for all clients."""
+    from qoq.runtime.protocol import Reply
+
+    threads, inner = set(), Reply._logprobs
+
+    def seen(*args: Any) -> Any:
+        threads.add(threading.current_thread())
+        return inner(*args)
+
+    monkeypatch.setattr(Reply, "_logprobs", seen)
+    told = client.completions.create(**GREEDY, logprobs=1, echo=True, stream=stream)
+    chat = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=4, logprobs=True, stream=stream
+    )
+    assert list(told) and list(chat)
+    assert len(threads) == 1 and served.thread not in threads
+
+
 def test_lm_eval_scores_through_the_server(served, checkpoint_folder):
     """Its local-completions asks for the log-probabilities of echoed token ids."""
     pytest.importorskip("tenacity", reason="lm-eval[api] is not installed")

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -121,7 +122,7 @@ class _Server:
             raise ApiError(404, message, "model", "model_not_found")
 
     async def _tokenizing(self, work: Callable[[], T]) -> T:
-        """Away from the event loop; a tokenizer is for one thread."""
+        """Away from the event loop; a tokenizer, and what asks it for names of tokens, is for one thread."""
         return await asyncio.get_running_loop().run_in_executor(self.tokenizing, work)
 
     def _text(self, prompt: Prompt) -> str:
@@ -151,14 +152,35 @@ class _Server:
             raise ApiError(400, f"{len(prompts)} prompts, at most {self.engine.capacity} can wait", "prompt")
         answers = await self.engine.submit(prompts, params)
         if asked.stream:
-            return _Events(answers, _events(answers, reply, asked.include_usage))
+            return _Events(answers, self._events(answers, reply, asked.include_usage))
         outputs = await _unless_left(answers, request)
         if outputs is None:
             return Response(status_code=CLIENT_LEFT)
         for output in outputs:
             if output.error is not None:
                 raise ApiError(500, output.error)
-        return JSONResponse(reply.whole(outputs))
+        if params.logprobs is None:
+            return JSONResponse(reply.whole(outputs))
+        return await self._tokenizing(lambda: JSONResponse(reply.whole(outputs)))
+
+    async def _events(self, answers: Answers, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
+        last: dict[int, RequestOutput] = {}
+        for index in range(len(answers.ids)):
+            yield _event(reply.first(index))
+        try:
+            async for index, output in answers:
+                last[index] = output
+                if output.error is not None:
+                    raise ApiError(500, output.error)
+                if output.logprobs is None:
+                    yield _part(reply, index, output)
+                else:
+                    yield await self._tokenizing(partial(_part, reply, index, output))
+            if include_usage:
+                yield _event(reply.total(list(last.values())))
+        except (ApiError, EngineDead) as error:  # the status is sent already
+            yield _event(_api_error(error).body())
+        yield "data: [DONE]\n\n"
 
 
 class _Events(StreamingResponse):
@@ -175,21 +197,8 @@ class _Events(StreamingResponse):
             self.answers.close()
 
 
-async def _events(answers: Answers, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
-    last: dict[int, RequestOutput] = {}
-    for index in range(len(answers.ids)):
-        yield _event(reply.first(index))
-    try:
-        async for index, output in answers:
-            last[index] = output
-            if output.error is not None:
-                raise ApiError(500, output.error)
-            yield _event(reply.part(index, output))
-        if include_usage:
-            yield _event(reply.total(list(last.values())))
-    except (ApiError, EngineDead) as error:  # the status is sent already
-        yield _event(_api_error(error).body())
-    yield "data: [DONE]\n\n"
+def _part(reply: Reply, index: int, output: RequestOutput) -> str:
+    return _event(reply.part(index, output))
 
 
 def _event(document: dict[str, Any] | None) -> str:
