@@ -8,8 +8,11 @@ import click
 from qoq.cli.output import check_device, common_options, print_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qoq.checkpoint import Checkpoint
     from qoq.gate import Budget, Change, Check
+    from qoq.models.source import Source
 
 REJECTED = 2  # exit code
 
@@ -46,6 +49,24 @@ def gate(
         say(verdict)
     if verdict["verdict"] == "REJECT":
         raise SystemExit(REJECTED)
+
+
+def check_inputs(budget: "Budget", source: "Source") -> None:
+    """See to it that what a budget measures on can be used, before the checkpoint of `source` is made.
+
+    Raises:
+        QoqError: no such text, too little of it, or a `speed` that the model or the engine does not take.
+    """
+    from qoq.runtime.benchmark import check_length
+    from qoq.runtime.engine import MAX_BATCH
+    from qoq.runtime.loading import check_range
+
+    if budget.tokens_per_second is not None:
+        speed = budget.speed
+        check_range("speed.batch_size", speed.batch_size, 1, MAX_BATCH)
+        check_length(speed.input_len, speed.output_len, source.config.max_position_embeddings)
+    if budget.measures_quality:
+        _windows(budget, source.tokenizer())
 
 
 def judge(
@@ -95,6 +116,14 @@ def _change(change: "Change | str | None") -> dict[str, Any] | None:
     return {"recipe": change.recipe, "why": change.why, "estimate": change.estimate}
 
 
+def _windows(budget: "Budget", tokenizer: Any) -> "Tensor":
+    """What quality is measured on: (n, seqlen) int64."""
+    from qoq import evaluate
+
+    assert budget.text is not None
+    return evaluate.windows(tokenizer, evaluate.evaluation_text(budget.text), budget.seqlen, budget.windows)
+
+
 def _quality(
     checkpoint: "Checkpoint", budget: "Budget", device: str, reference: str | None, trust_remote_code: bool
 ) -> dict[str, float]:
@@ -110,8 +139,7 @@ def _quality(
     original = model.original if reference is None else open_source(reference, trust_remote_code)
     first = Subject(original.name, trust_remote_code)
     check_vocabularies(first, model)
-    assert budget.text is not None
-    ids = evaluate.windows(model.tokenizer(), evaluate.evaluation_text(budget.text), budget.seqlen, budget.windows)
+    ids = _windows(budget, model.tokenizer())
     kept = top_k(evaluate.OriginalModel(original, device), ids)  # gone before the other is loaded
     return measure_quality(divergence(kept, model.load("runtime", device), ids))
 
@@ -151,18 +179,22 @@ def _record(folder: Path, budget: "Budget", checks: "list[Check]", device: str) 
 
 
 def say(verdict: dict[str, Any]) -> None:
-    """The verdict for a person."""
+    """The verdict for a person: what it rests on, what would change it, and last itself."""
     for one in verdict["checks"]:
         bound = "at_least" if "at_least" in one else "at_most"
         mark = "ok" if one["passed"] else "FAILED"
         click.echo(f"{one['name']:20}{one['value']:14.6g}   {bound.replace('_', ' ')} {one[bound]:<12.6g} {mark}")
+    if verdict["change"] is not None:
+        _say_change(verdict["change"])
     click.echo(verdict["verdict"])
-    change = verdict["change"]
-    if change is None:
+
+
+def _say_change(change: dict[str, Any]) -> None:
+    if not change["recipe"]:
+        click.echo(f"no change is known: {change['why']}")
         return
-    click.echo(f"smallest change: {change['why']}" if change["recipe"] else f"no change is known: {change['why']}")
-    if change["recipe"]:
-        for key, value in change["recipe"].items():
-            click.echo(f"  in the recipe: {key}: {value}")
-        estimate = ", ".join(f"{name} {value:.6g}" for name, value in change["estimate"].items())
-        click.echo(f"  estimated: {estimate}")
+    click.echo(f"smallest change: {change['why']}")
+    for key, value in change["recipe"].items():
+        click.echo(f"  in the recipe: {key}: {value}")
+    estimate = ", ".join(f"{name} {value:.6g}" for name, value in change["estimate"].items())
+    click.echo(f"  estimated: {estimate}")

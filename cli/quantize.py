@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qoq.cli.gate import REJECTED, judge, say
+from qoq.cli.gate import REJECTED, check_inputs, judge, say
 from qoq.cli.output import Numbers, check_device, common_options, html_option, note, print_json
 from qoq.cli.plan import Size, print_plan, summary
 from qoq.cli.report_page import CAUSES, page, worst_layers, worst_linear
@@ -16,6 +16,7 @@ from qoq.cli.report_page import CAUSES, page, worst_layers, worst_linear
 if TYPE_CHECKING:
     from qoq.calibration.memory import Budgets
     from qoq.calibration.ranks import Ranks
+    from qoq.gate import Budget
     from qoq.recipe import Recipe
 
 
@@ -80,7 +81,7 @@ def quantize(
         return
     ranks = Ranks.of_environment()
     with ranks.together(), one_line_out_of_memory():
-        report, output = _run(model, output, settings, ranks, device, resume, trust_remote_code, budgets)
+        report, output = _run(model, output, settings, ranks, device, resume, trust_remote_code, budgets, limits)
     if ranks.rank:
         return
     note(
@@ -92,14 +93,19 @@ def quantize(
     note(f"KL divergence from the original on {report['calibration']['dataset']}: {divergences}")
     if html is not None:
         write_bytes(html, page(report))
-    verdict = None if limits is None else judge(output, limits, device, model, True, trust_remote_code)
-    if as_json:
-        keys = ("seconds", "peak_rss_bytes", "peak_gpu_bytes", "kl", "layers")
-        document = {"output": str(output), "recipe": settings.name} | {key: report[key] for key in keys}
-        print_json(document if verdict is None else document | {"gate": verdict})
-    elif verdict is not None:
-        say(verdict)
-    if verdict is not None and verdict["verdict"] == "REJECT":
+    keys = ("seconds", "peak_rss_bytes", "peak_gpu_bytes", "kl", "layers")
+    document = {"output": str(output), "recipe": settings.name} | {key: report[key] for key in keys}
+    try:
+        if limits is not None:
+            document["gate"] = judge(output, limits, device, model, True, trust_remote_code)
+    finally:  # there is a checkpoint, also where there is no verdict
+        if as_json:
+            print_json(document)
+    if limits is None:
+        return
+    if not as_json:
+        say(document["gate"])
+    if document["gate"]["verdict"] == "REJECT":
         raise SystemExit(REJECTED)
 
 
@@ -112,6 +118,7 @@ def _run(
     resume: bool,
     trust_remote_code: bool,
     budgets: "Budgets",
+    limits: "Budget | None",
 ) -> tuple[dict[str, Any], Path]:
     """The report of a run, and where its checkpoint is; only rank 0 says how far it is."""
     from tqdm import tqdm
@@ -127,6 +134,8 @@ def _run(
     plan = of_source(source, settings, device, budgets, ranks.size)
     keep_below(budgets.gpu, device)
     first = ranks.rank == 0
+    if first and limits is not None:
+        check_inputs(limits, source)
     if first:
         note(summary(plan, output))
     with tqdm(total=plan.layers, unit="layer", disable=None if first else True) as bar:

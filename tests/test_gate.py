@@ -9,7 +9,7 @@ from conftest import only_line
 
 from qoq import gate
 from qoq.checkpoint import Checkpoint
-from qoq.errors import RecipeError
+from qoq.errors import DataError, RecipeError
 from qoq.gate import Budget, Change, Check
 from qoq.layout import half_linears, size_in_bytes
 
@@ -230,8 +230,9 @@ def test_accept_and_reject(qoq, checkpoint_folder, budget_file):
     assert [one["name"] for one in verdict["checks"] if not one["passed"]] == ["mean_kl"]
     (layer,) = verdict["change"]["recipe"]["kv_cache.layers_in_8_bits"]
     code, out, _ = qoq("gate", folder, budget_file(mean_kl=values["mean_kl"] / 1.01))
-    assert code == 2 and f"REJECT\nsmallest change: cache layers {layer} in 8 bits: " in out
+    assert code == 2 and f"\nsmallest change: cache layers {layer} in 8 bits: " in out
     assert f"\n  in the recipe: kv_cache.layers_in_8_bits: [{layer}]\n" in out
+    assert out.endswith("\nREJECT\n")
 
 
 def test_the_same_figures_as_compare(qoq, llama, checkpoint_folder, budget_file, text_file):
@@ -264,6 +265,38 @@ def test_quantize_ends_at_the_gate(qoq, llama, settings_file, budget_file, tmp_p
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| mean_kl | " in card and "| at most 1e-09 |" in card and "2 windows of 32 tokens" in card
     assert Checkpoint(tmp_path / "out").group_size == 128  # rejected, and kept
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"text": "absent.txt", "mean_kl": 1}, "absent.txt: no such file"),
+        ({"seqlen": 100000, "mean_kl": 1}, "expected at least one window of 100000"),
+        ({"tokens_per_second": 1, "speed": {"input_len": 250, "output_len": 7}}, "257 tokens, the model takes 256"),
+        (
+            {"tokens_per_second": 1, "speed": {"batch_size": 1025, "input_len": 4, "output_len": 3}},
+            "expected 1 to 1024",
+        ),
+    ],
+)
+def test_what_the_gate_measures_on_is_checked_before_the_run(
+    qoq, llama, settings_file, budget_file, tmp_path, limits, message
+):
+    options = ["--recipe", settings_file, "--output", tmp_path / "out", "--gate", budget_file(**limits)]
+    assert message in only_line(qoq("quantize", "--model", llama, *options))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_a_checkpoint_without_a_verdict_is_told(qoq, llama, settings_file, budget_file, tmp_path, monkeypatch):
+    def lost(*args):
+        raise DataError("the text is gone")
+
+    monkeypatch.setattr("qoq.cli.quantize.judge", lost)
+    command = ["quantize", "--model", llama, "--recipe", settings_file, "--output", tmp_path / "out", "--json"]
+    code, out, err = qoq(*command, "--gate", budget_file(mean_kl=1))
+    document = json.loads(out)
+    assert code == 1 and document["output"] == str(tmp_path / "out") and "gate" not in document
+    assert err.splitlines()[-1] == "qoq: the text is gone"
 
 
 @pytest.mark.parametrize(("share", "keys"), [(0.8, ["kv_cache.layers_in_8_bits"]), (0.3, None)])

@@ -85,15 +85,21 @@ def load(
     Raises:
         QoqError: the model does not take this length, or it does not fit, or see `LLMEngine.from_checkpoint`.
     """
-    length, longest = input_len + output_len, checkpoint.config.max_position_embeddings
-    if length > longest:
-        raise QoqError(f"input_len {input_len} and output_len {output_len}: {length} tokens, the model takes {longest}")
+    check_length(input_len, output_len, checkpoint.config.max_position_embeddings)
+    length = input_len + output_len
     try:
         engine = LLMEngine.from_checkpoint(checkpoint, device, max_model_len=length, max_num_seqs=batch_size, **options)
     except torch.OutOfMemoryError as error:
         raise QoqError(f"{checkpoint.folder}: out of GPU memory ({str(error).split('. ')[0]})") from None
     spare_the_collector()
     return engine
+
+
+def check_length(input_len: int, output_len: int, longest: int) -> None:
+    """Raises QoqError: requests of this length are longer than the model takes."""
+    length = input_len + output_len
+    if length > longest:
+        raise QoqError(f"input_len {input_len} and output_len {output_len}: {length} tokens, the model takes {longest}")
 
 
 def release() -> None:
