@@ -15,6 +15,7 @@ import qoq as package
 from qoq import recipe
 from qoq.checkpoint import Checkpoint
 from qoq.cli.main import group
+from qoq.cli.output import print_json
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -257,6 +258,15 @@ def test_inspect_of_what_is_no_checkpoint(qoq, llama, tmp_path):
     code, out, _ = qoq("inspect", tmp_path, "--json")
     assert code == 1 and "no *.safetensors" in json.loads(out)["problems"][0]
     assert "no such folder" in only_line(qoq("inspect", tmp_path / "absent"))
+
+
+def test_what_is_not_finite_is_null_in_json(capsys):
+    print_json({"a": [1.5, math.nan], "b": {"c": (-math.inf, True)}, "d": "NaN"})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": [1.5, None],
+        "b": {"c": [None, True]},
+        "d": "NaN",
+    }
 
 
 # Errors
