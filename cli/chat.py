@@ -62,7 +62,7 @@ def chat(
     from qoq.runtime.engine import LLMEngine
     from qoq.runtime.sampler import SamplingParams
 
-    check_device(device)
+    device = check_device(device)
     if prompt is None and (raw or as_json):
         raise click.UsageError(f"{'--raw' if raw else '--json'} needs --prompt")
     loaded = LLMEngine.from_checkpoint(checkpoint, device, max_num_seqs=1, **engine)

@@ -48,7 +48,7 @@ def compare(
     """
     from qoq import evaluate
 
-    check_device(device)
+    device = check_device(device)
     a, b = Subject(reference, trust_remote_code), Subject(model, trust_remote_code)
     if backend and a.checkpoint is None and b.checkpoint is None:
         raise click.UsageError("--backend is for checkpoints, and neither model is one")

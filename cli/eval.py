@@ -50,7 +50,7 @@ def evaluate(
 
     if dataset is None and tasks is None:
         raise click.UsageError("nothing to measure: give --ppl, --tasks or both")
-    check_device(device)
+    device = check_device(device)
     subject = Subject(model, trust_remote_code)
     if subject.checkpoint is None and set(backends) - {"original"}:
         raise click.UsageError(f"{model} is no checkpoint: only --backend original can run it")

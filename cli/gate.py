@@ -41,7 +41,7 @@ def gate(
     """
     from qoq import gate as gates
 
-    check_device(device)
+    device = check_device(device)
     verdict = judge(folder, gates.load(budget), device, reference, record, trust_remote_code)
     if as_json:
         print_json(verdict)

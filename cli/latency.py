@@ -48,7 +48,7 @@ def latency(
 
     from qoq.runtime import benchmark
 
-    check_device(device)
+    device = check_device(device)
     if math.isnan(request_rate):
         raise click.BadParameter("nan, expected a number above 0, or inf", param_hint="--request-rate")
     loaded = benchmark.load(weights.open(device, seed), device, max_num_seqs, input_len, output_len, **engine)

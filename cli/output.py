@@ -85,13 +85,12 @@ def note(message: str) -> None:
     click.echo(message, err=True)
 
 
-def check_device(device: str) -> None:
-    """Raise a usage error for a device that is not here."""
-    import torch
+def check_device(device: str, here: bool = True) -> str:
+    """The device by the name that comparisons expect; a usage error for none, or for one that is not here."""
+    from qoq.device import device_name
+    from qoq.errors import QoqError
 
     try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise click.BadParameter(f"{device!r}, expected cpu, cuda or cuda:N", param_hint="--device") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("no CUDA device is available; expected cpu", param_hint="--device")
+        return device_name(device, here)
+    except QoqError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from None

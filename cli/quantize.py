@@ -67,6 +67,7 @@ def quantize(
     from qoq.calibration.ranks import Ranks
     from qoq.shards import write_bytes
 
+    device = check_device(device, here=False)  # a plan needs none, and each rank has its own
     if gpu_memory is not None and device == "cpu":
         raise click.BadParameter("is for a run on a GPU; expected --device cuda too", param_hint="--gpu-memory")
     limits = None if budget is None else gates.load(budget)  # before hours of work
@@ -127,8 +128,7 @@ def _run(
     from qoq.calibration.plan import of_source
     from qoq.models.source import open_source
 
-    device = ranks.device(device)
-    check_device(device)
+    device = check_device(ranks.device(device))
     source = open_source(model, trust_remote_code)
     output = output or Path(f"{model.rstrip('/').split('/')[-1]}-QoQ-{layout(settings.group_size)}")
     plan = of_source(source, settings, device, budgets, ranks.size)

@@ -49,7 +49,7 @@ def serve(
     if api_key == "":
         raise click.BadParameter("it is empty, expected a key", param_hint="--api-key")
     set_up_logging(verbose)
-    check_device(device)
+    device = check_device(device)
     import uvicorn
 
     from qoq.runtime.engine import LLMEngine

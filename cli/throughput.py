@@ -77,7 +77,7 @@ def throughput(
 
     Or, with --model NAME --random-weights, the shapes of a model that is not at hand.
     """
-    check_device(device)
+    device = check_device(device)
     if baseline and precision == "fp16":
         raise click.UsageError("--baseline is fp16; --precision fp16 measures that alone")
     if account and not device.startswith("cuda"):

@@ -116,6 +116,12 @@ def test_eval_of_a_source_and_of_a_checkpoint_without_options(qoq, llama, checkp
         assert [result["backend"] for result in json.loads(out)["results"]] == [backend]
 
 
+def test_a_cpu_has_a_number_too(qoq, checkpoint_folder, text_file):
+    options = ["--ppl", text_file, "--seqlen", "16", "--limit", "1", "--json", "--device", "cpu:0"]
+    code, out, err = qoq("eval", checkpoint_folder(), *options)
+    assert code == 0 and json.loads(out)["results"][0]["backend"] == "runtime", err
+
+
 def test_eval_prints_its_result_for_people_too(qoq, llama, text_file):
     code, out, err = qoq("eval", llama, "--ppl", text_file, "--seqlen", "16", "--limit", "1")
     assert (code, out) == (0, "") and "perplexity" in err
@@ -308,6 +314,9 @@ def test_an_error_is_one_line(qoq, llama, checkpoint_folder, text_file, tmp_path
         (["eval", "{llama}"], "nothing to measure"),
         (["eval", "{llama}", "--ppl", "x.txt", "--backend", "runtime"], "only --backend original can run it"),
         (["eval", "{llama}", "--ppl", "x.txt", "--device", "toaster"], "'toaster', expected cpu, cuda or cuda:N"),
+        (["eval", "{llama}", "--ppl", "x.txt", "--device", "meta"], "'meta', expected cpu, cuda or cuda:N"),
+        (["quantize", "--model", "{llama}", "--plan", "--device", "mps"], "'mps', expected cpu, cuda or cuda:N"),
+        (["quantize", "--model", "{llama}", "--gpu-memory", "1", "--device", "cpu:0"], "expected --device cuda too"),
         (["quantize", "--model", "{llama}", "--group-size", "32"], "32"),
         (["quantize", "--model", "{llama}", "--nsamples", "0"], "nsamples"),
         (["quantize"], "--model"),
@@ -322,6 +331,14 @@ def test_a_wrong_option_is_a_usage_error(qoq, llama, arguments, message):
 def test_a_device_that_is_not_here(qoq, llama):
     code, _, err = qoq("quantize", "--model", llama, "--device", "cuda")
     assert code == 2 and "no CUDA device is available" in err
+
+
+@pytest.mark.parametrize("verb", ["eval", "chat"])
+def test_one_gpu_more_than_there_are(qoq, checkpoint_folder, monkeypatch, verb):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    code, out, err = qoq(verb, checkpoint_folder(), *(["--ppl", "x.txt"] if verb == "eval" else []), "--device=cuda:2")
+    assert code == 2 and out == "" and "device 'cuda:2': there are 2 CUDA devices" in err
 
 
 def test_the_process_ends_with_the_exit_code(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qoq.checkpoint import Checkpoint
+from qoq.device import device_name
 from qoq.errors import QoqError
 from qoq.paged import PAGE
 from qoq.runtime.batch import Batches
@@ -22,18 +23,9 @@ def device_of(name: str) -> torch.device:
     Raises:
         QoqError: there is no such device.
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise QoqError(f"device {name!r}, expected cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise QoqError(f"device {name!r}, expected cpu, cuda or cuda:N")
+    device = torch.device(device_name(name))
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise QoqError(f"device {name!r}: no CUDA device is available")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise QoqError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)  # kernels and graphs run on the current device's stream
     return device
 
