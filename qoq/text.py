@@ -1,5 +1,6 @@
 """Text for calibration and evaluation: bundled, from a file, or from the hub."""
 
+import io
 import json
 import os
 import reprlib
@@ -43,7 +44,7 @@ def documents(dataset: str, split: str = "train", render: Render | None = None) 
         except UnicodeDecodeError as error:
             raise DataError(f"{dataset}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         if path.suffix == ".raw":
-            return (line + "\n" if line.strip() else "" for line in text.split("\n")[:-1])
+            return (line if line.strip() else "" for line in io.StringIO(text))
         return _json_lines(text, dataset, render) if path.suffix == ".jsonl" else iter((text,))
     return _hub(dataset, split)
 

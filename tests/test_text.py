@@ -41,6 +41,21 @@ def test_raw_lines_are_the_rows_of_wikitext():
     assert rows[3].startswith(" Robert Boulter is an English film") and rows[3].endswith("\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        (" \n = A = \n \n b \n", ["", " = A = \n", "", " b \n"]),
+        (" \n = A = \n \n b", ["", " = A = \n", "", " b"]),
+        ("a\u2028b\x0bc\n\n", ["a\u2028b\x0bc\n", ""]),
+        ("", []),
+    ],
+)
+def test_the_last_row_needs_no_newline(tmp_path, text, rows):
+    path = tmp_path / "wiki.raw"
+    path.write_text(text)
+    assert list(documents(str(path))) == rows
+
+
 def test_bundled_c4_is_there_and_apart_from_what_quality_is_measured_on():
     bundled = list(documents("c4"))
     assert len(bundled) > 1000 and all(text.strip() for text in bundled)
