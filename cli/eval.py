@@ -47,6 +47,7 @@ def evaluate(
     by token as it computes answers (decode).
     """
     from qoq import evaluate as ev
+    from qoq.runtime import benchmark
 
     if dataset is None and tasks is None:
         raise click.UsageError("nothing to measure: give --ppl, --tasks or both")
@@ -68,6 +69,8 @@ def evaluate(
             scores = ev.tasks(runner, tokenizer, tasks.split(","), max_length, limit)
             results.append({"model": model, "backend": backend, "tasks": scores})
             _print_tasks(backend, scores)
+        del runner  # gone before the next one is loaded
+        benchmark.release()
     if as_json:
         print_json({"results": results})
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from qoq import recipe
 from qoq.checkpoint import Checkpoint
 from qoq.cli.main import group
 from qoq.cli.output import print_json
+from qoq.cli.subject import Subject
+from qoq.evaluate import EngineModel
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -106,6 +109,22 @@ def test_eval_perplexity_of_every_backend(qoq, checkpoint_folder, text_file):
     packed, simulated, original, prefill, decode = (result["perplexity"] for result in results)
     assert prefill == pytest.approx(packed, rel=1e-4) and decode == pytest.approx(packed, rel=1e-4)
     assert math.log(packed) == pytest.approx(math.log(simulated), rel=0.02) and packed != original
+
+
+def test_eval_holds_one_model_at_a_time(qoq, checkpoint_folder, text_file, monkeypatch):
+    loaded: list[weakref.ref] = []
+    load = Subject.load
+
+    def watched(self, *args):
+        assert not any(model() for model in loaded), "two models at a time"
+        runner = load(self, *args)
+        loaded.append(weakref.ref(runner.engine if isinstance(runner, EngineModel) else runner))
+        return runner
+
+    monkeypatch.setattr(Subject, "load", watched)
+    backends = [word for name in ("original", "runtime", "decode", "prefill") for word in ("--backend", name)]
+    code, _, err = qoq("eval", checkpoint_folder(), "--ppl", text_file, "--seqlen", "16", "--limit", "1", *backends)
+    assert code == 0 and len(loaded) == 4, err
 
 
 def test_eval_of_a_source_and_of_a_checkpoint_without_options(qoq, llama, checkpoint_folder, text_file):
