@@ -65,6 +65,8 @@ def chat(
     device = check_device(device)
     if prompt is None and (raw or as_json):
         raise click.UsageError(f"{'--raw' if raw else '--json'} needs --prompt")
+    if raw and system:
+        raise click.UsageError("--system is for the chat template, which --raw leaves out")
     loaded = LLMEngine.from_checkpoint(checkpoint, device, max_num_seqs=1, **engine)
     if max_tokens is None:
         max_tokens = loaded.max_model_len if prompt is None else ANSWER_TOKENS
@@ -81,6 +83,8 @@ def _answer(
     from qoq.runtime.conversation import chat_tokens
 
     asked: Prompt = prompt
+    if system and not engine.tokenizer.chat_template:
+        raise QoqError("the tokenizer has no chat template: nothing says where a system message goes")
     if not raw and engine.tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system else []
         asked = chat_tokens(engine.tokenizer, [*messages, {"role": "user", "content": prompt}])

@@ -82,19 +82,24 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--group-size",
         type=click.Choice(("128", "64", "-1")),
-        default="128",
-        show_default=True,
-        help="Of random weights; -1: per channel.",
+        help="Of random weights; -1: per channel.  [default: 128]",
     )
     @functools.wraps(command)
     def wrapped(
-        *args: Any, checkpoint: str | None, model: str | None, random_weights: bool, group_size: str, **kwargs: Any
+        *args: Any,
+        checkpoint: str | None,
+        model: str | None,
+        random_weights: bool,
+        group_size: str | None,
+        **kwargs: Any,
     ) -> Any:
         if checkpoint is not None and (model is not None or random_weights):
             raise click.UsageError("CHECKPOINT has a model and weights; expected it, or --model NAME --random-weights")
+        if checkpoint is not None and group_size is not None:
+            raise click.UsageError("CHECKPOINT has a group size; --group-size is for --random-weights")
         if checkpoint is None and not (model is not None and random_weights):
             raise click.UsageError("expected CHECKPOINT, or --model NAME --random-weights")
-        weights = Weights(checkpoint or model or "", checkpoint is None, int(group_size))
+        weights = Weights(checkpoint or model or "", checkpoint is None, int(group_size or 128))
         return command(*args, weights=weights, **kwargs)
 
     return wrapped

@@ -209,6 +209,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(qoq, tiny
         (["--model", "llama-3-8b"], "expected CHECKPOINT, or --model NAME --random-weights"),
         (["--random-weights"], "expected CHECKPOINT, or --model NAME --random-weights"),
         (["folder", "--random-weights"], "CHECKPOINT has a model and weights"),
+        (["folder", "--group-size", "128"], "CHECKPOINT has a group size"),
         (["--model", "gpt-2", "--random-weights"], "llama-3-8b"),
         ([*RANDOM, "--precision", "fp16", "--baseline"], "--precision fp16 measures that alone"),
         ([*RANDOM, "--roofline"], "data sheet of cpu not known; expected --card l40s or a100"),

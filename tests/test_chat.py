@@ -179,6 +179,16 @@ def test_bytes_that_are_no_text(monkeypatch):
     assert (result.exit_code, result.stdout) == (0, "fine\n") and fake.prompts == ["u:a\ufffdb\na:"]
 
 
+def test_a_system_message_without_a_place(qoq, checkpoint_folder, monkeypatch):
+    code, out, err = qoq("chat", checkpoint_folder(), "--prompt", "Hello", "--raw", "--system", "Be kind")
+    assert (code, out) == (2, "") and "--system is for the chat template" in err
+    fake: Any = Fake(["fine"])
+    fake.tokenizer.chat_template = None
+    monkeypatch.setattr(LLMEngine, "from_checkpoint", lambda *args, **kwargs: fake)
+    line = only_line(qoq("chat", "anywhere", "--prompt", "Hello", "--system", "Be kind"))
+    assert "no chat template: nothing says where a system message goes" in line
+
+
 def test_errors(qoq, checkpoint_folder):
     assert "no such checkpoint folder" in only_line(qoq("chat", "./absent"))
     for option in ("--json", "--raw"):
