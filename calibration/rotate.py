@@ -152,13 +152,8 @@ def rotate_rows(weight: Tensor, r: Tensor) -> Tensor:
     return (weight.double() @ r).to(weight.dtype)
 
 
-def rotate_matrix(matrix: Tensor, r: Tensor, gain: Tensor | None = None) -> Tensor:
-    """(W diag(gain)) R of an embedding or lm_head (vocab, hidden), float32 on the CPU."""
-    return torch.cat(list(rotated_slices(matrix, r, gain)))
-
-
 def rotated_slices(matrix: Tensor, r: Tensor, gain: Tensor | None = None) -> Iterator[Tensor]:
-    """`rotate_matrix`, `ROWS_AT_ONCE` rows after the other."""
+    """(W diag(gain)) R of an embedding or lm_head (vocab, hidden), in slices of rows; float32 on the CPU."""
     scaled = r if gain is None else gain.to(r)[:, None] * r
     for rows in matrix.split(ROWS_AT_ONCE):
         yield (rows.to(scaled) @ scaled).to("cpu", torch.float32)

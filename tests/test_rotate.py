@@ -78,8 +78,8 @@ def transformed(source, steps):
         changed = float_block(spec, index, layer)
         block.norms, block.linears = changed.norms, changed.linears
     if "residual" in steps:
-        decoder.lm_head = rotate.rotate_matrix(decoder.lm_head, r, decoder.norm)
-        decoder.embedding = rotate.rotate_matrix(decoder.embedding, r)
+        decoder.lm_head = torch.cat(list(rotate.rotated_slices(decoder.lm_head, r, decoder.norm)))
+        decoder.embedding = torch.cat(list(rotate.rotated_slices(decoder.embedding, r)))
         decoder.norm = torch.ones_like(decoder.norm)
     return decoder
 
