@@ -265,5 +265,7 @@ def _write_shard(path: Path, entries: Mapping[str, Entry]) -> None:
 def _copy(source: Any, target: Any, count: int, chunk: int = 1 << 22) -> None:
     while count:
         block = source.read(min(chunk, count))
+        if not block:
+            raise CheckpointError(f"{source.name}: ends {count} bytes early; it became shorter while it was read")
         target.write(block)
         count -= len(block)

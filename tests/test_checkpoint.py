@@ -112,6 +112,19 @@ def test_several_files_are_merged_in_order(tmp_path):
     assert all(entry.start % 8 == 0 for entry in header.values())
 
 
+def test_a_part_that_shrinks_meanwhile_is_named(tmp_path, monkeypatch):
+    part, header = tmp_path / "0.part", shards._header
+    shards.write_tensors(part, {"x": torch.ones(100)})
+
+    def shrink(*arguments):
+        part.write_bytes(part.read_bytes()[:-10])
+        return header(*arguments)
+
+    monkeypatch.setattr(shards, "_header", shrink)
+    with pytest.raises(CheckpointError, match=r"0\.part: ends 10 bytes early"):
+        shards.write_shards(tmp_path, [part])
+
+
 def test_a_write_is_whole_or_absent(tmp_path):
     shards.write_bytes(tmp_path / "a.json", "old")
     shards.write_bytes(tmp_path / "a.json", b"new")
