@@ -80,7 +80,7 @@ def search_attention(
         inside = kv.enter((q * per_query).to(q.dtype), (k / scales[:, None]).to(k.dtype), v)
         keys, values = cache(block.index, *inside[1:])
         out = kv.leave(attention(inside[0], keys, values, window))
-        return float((project(out).float() - target).square().sum() / target.square().sum())
+        return float((project(out).float() - target).square().sum() / target.square().sum().clamp(min=1e-30))
 
     candidates = [(a, b, attention_scales(block.spec, found, a, b)) for a, b in ATTENTION_EXPONENTS]
     return least(candidates, loss)
@@ -124,7 +124,7 @@ def search_down(
     def loss(scale: Tensor) -> float:
         rows = quantize_rows(x / scale).dequantize()
         rounded = round_to_nearest(weight * scale, group_size).dequantize()
-        return error(rows @ rounded.T - target) / error(target)
+        return error(rows @ rounded.T - target) / max(error(target), 1e-30)
 
     identity = torch.ones_like(spread)
     candidates = [(0.0, 0.0, identity)]

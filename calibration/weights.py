@@ -281,7 +281,8 @@ def quantize(
     if moments is not None:
         target = corrected(w, moments, settings.weights.asymmetric)
         moments.g = moments.g.new_empty(0)  # 0.8 GB at K = 14336
-        importance = moments.h.diagonal() / moments.h.diagonal().mean()
+        mean = moments.h.diagonal().mean()
+        importance = torch.where(mean > 0, moments.h.diagonal() / mean, 1.0)  # 1 for an input that is always zero
         search = settings.weights.grid == "search"
         whole = settings.weights.whole_zeros
         grid = search_grid(target, settings.group_size, importance, whole) if search else as_grid(plain)

@@ -99,6 +99,21 @@ def test_the_down_search_heeds_the_weight_of_tokens():
     assert choice.before == pytest.approx(expected.before, rel=1e-4)
 
 
+def test_a_dead_projection_is_left_alone(llama):
+    """Blocks that do nothing, in models made deeper: o_proj and down_proj are zero."""
+    source = open_source(str(llama))
+    layer, x = source.layer(0), source.embedding()[some_ids()]
+    layer["self_attn.o_proj.weight"] *= 0
+    block, rope = float_block(source.spec, 0, layer), rotary_embedding(source.config)(torch.arange(x.shape[1]))
+    found = observe(block, x, rope)
+    scales, choice = smooth.search_attention(block, x, rope, found, KVCache())
+    assert (scales == 1).all() and choice == smooth.Choice(0.0, 0.0, 0.0, 0.0)
+    rows = torch.randn(20, source.spec.intermediate_size, generator=torch.Generator().manual_seed(0))
+    dead = torch.zeros(source.spec.hidden_size, source.spec.intermediate_size)
+    scale, choice = smooth.search_down(rows, torch.ones(20), dead, found.down, 128)
+    assert (scale == 1).all() and choice == smooth.Choice(0.0, 0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_values_are_centred_by_the_attention_they_get(window):
     """Against the definition, written out token by token."""

@@ -152,6 +152,15 @@ def test_a_hopeless_hessian_is_rounded_instead():
     assert relative(made.dequantize(), w) < 0.2
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_an_input_that_is_always_zero_leaves_the_grid_of_the_weights(group_size):
+    w = normal(0, 32, 256)
+    made, losses = weights.quantize({"w": w}, moments_of(torch.zeros(10, 256)), settings(group_size, EVERYTHING))["w"]
+    expected = weights.onto_grid(w, weights.search_grid(w, group_size, torch.ones(256)))
+    assert torch.equal(made.dequantize(), expected.dequantize())
+    assert losses == {"rounded": 0.0, "loss": 0.0, "damping": None}
+
+
 def test_correction_aims_at_the_output_of_the_full_model():
     w, x_fp = normal(0, 64, 256), correlated(0)
     x_q = quantize_rows(x_fp * 0.9 + 0.1 * correlated(5)).dequantize()
