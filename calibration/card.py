@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qoq.calibration import data
 from qoq.errors import printable
 from qoq.model_card import IMPORT_FIRST, TAGS, engines, head, is_hub_id, is_plain, metadata, read_head, table
 from qoq.models.source import Source
-from qoq.recipe import Recipe
+from qoq.recipe import Calibration, Recipe
 
 MEASURED = "<!-- measured -->", "<!-- /measured -->"  # around what `with_measurements` replaces
 CAUSES = {"w4": "weights (W4)", "a8": "activations (A8)", "k4": "keys (K4)", "v4": "values (V4)", "all": "all of them"}
@@ -84,7 +85,7 @@ def text(
         passes=_passes(settings),
         cache=_cache(settings),
         calibration=(
-            f"{calibration['samples']} x {calibration['seqlen']} tokens of {Path(calibration['dataset']).name}, "
+            f"{calibration['samples']} x {calibration['seqlen']} tokens of {_text(settings.calibration)}, "
             f"sha256 {calibration['sha256'][:16]}"
         ),
         date=report["date"][:10],
@@ -132,6 +133,14 @@ def _passes(settings: Recipe) -> str:
     }
     used = [name for name, on in names.items() if on]
     return f"; {', '.join(used)}" if used else "; plain rounding"
+
+
+def _text(calibration: Calibration) -> str:
+    """What the samples are of; of a mixture with the samples that each part was asked for."""
+    parts = data.mixture(calibration.dataset, calibration.nsamples)
+    if len(parts) == 1:
+        return Path(parts[0][0]).name
+    return ", ".join(f"{Path(name).name} ({count})" for name, count in parts)
 
 
 def _cache(settings: Recipe) -> str:

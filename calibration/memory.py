@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from qoq.calibration import data
 from qoq.calibration.blocks import SEARCH_TOKENS, TOKENS_AT_ONCE
 from qoq.calibration.insight import POSITIONS_AT_ONCE
 from qoq.calibration.insight import TOKENS as DRIFT_TOKENS
@@ -94,11 +95,16 @@ class Job:
             for index in range(self.spec.num_layers)
         )
 
+    @cached_property
+    def samples(self) -> int:
+        """Of all ranks."""
+        calibration = self.settings.calibration
+        return sum(count for _, count in data.mixture(calibration.dataset, calibration.nsamples))
+
     @property
     def tokens(self) -> int:
         """Of the samples of one rank."""
-        calibration = self.settings.calibration
-        return -(-calibration.nsamples // self.ranks) * calibration.seqlen
+        return -(-self.samples // self.ranks) * self.settings.calibration.seqlen
 
     def placements(self) -> Iterator[Placement]:
         """From fast to small: large batches first, samples on the GPU first."""

@@ -138,6 +138,7 @@ def plan(
 
     Raises:
         QuantizationError: the model does not fit the recipe, or the run does not fit the budgets.
+        DataError: a mixture that is none.
     """
     spec = target_spec(original, settings)
     layout.check_group_size(spec, settings.group_size)
@@ -147,7 +148,6 @@ def plan(
     kv_bytes = {bits: layout.kv_bytes(spec, settings.kv_cache, bits) for bits in paged.BITS}
     output = layout.size_in_bytes(spec, settings.group_size, settings.kv_cache, job.left)
     parameters = source_parameters(original)
-    calibration = settings.calibration
     cards = {card: _on_card(card, job, output, kv_bytes) for card in CARDS}
     return Plan(
         model=name,
@@ -162,7 +162,7 @@ def plan(
         disk_bytes=2 * output,  # the parts lie beside the shards until these are verified
         peaks=job.peaks(placement),
         placement=placement,
-        tokens=calibration.nsamples * calibration.seqlen,
+        tokens=job.samples * settings.calibration.seqlen,
         seconds=seconds(job, None if device == "cpu" else _card_here()),
         kv_bytes=kv_bytes,
         cards=cards,

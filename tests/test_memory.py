@@ -119,6 +119,14 @@ def test_ranks_share_the_samples():
     assert one.gpu and two.gpu and one.gpu.bytes - two.gpu.bytes == 2 * 2 * 64 * 2048 * 4096
 
 
+def test_the_samples_of_a_mixture_are_counted():
+    whole = llama_8b(nsamples=1280)
+    calibration = dataclasses.replace(whole.settings.calibration, dataset="a.jsonl:960,c4:320", nsamples=16)
+    mixed = dataclasses.replace(whole, settings=dataclasses.replace(whole.settings, calibration=calibration))
+    assert mixed.tokens == whole.tokens == 1280 * 2048
+    assert mixed.peaks(Placement()) == whole.peaks(Placement())
+
+
 def test_a_budget_chooses_the_fastest_placement_that_fits():
     planned = llama_8b()
     chosen = [memory.choose(planned, Budgets(gpu=gpu * GIB)) for gpu in (80, 24, 11, 8)]
