@@ -12,6 +12,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from qoq.calibration import blocks, data, insight, layer, pad, publish, rotate
 from qoq.calibration.blocks import Streams
 from qoq.calibration.memory import Placement
 from qoq.calibration.ranks import Ranks
-from qoq.calibration.work import Work
+from qoq.calibration.work import Work, refuse_existing
 from qoq.errors import DataError, QuantizationError
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, ModelSpec
 from qoq.models.decoder import (
@@ -148,6 +149,8 @@ def quantize(
     spec = target_spec(source.spec, settings)
     layout.check_group_size(spec, settings.group_size)
     layout.check_cache_layers(spec, settings.kv_cache)
+    if ranks.rank == 0:
+        refuse_existing(output)  # before minutes of hashing
     tokenizer = source.tokenizer()
     calibration = settings.calibration
     tokens = data.samples(tokenizer, calibration.dataset, calibration.nsamples, calibration.seqlen, settings.seed)
@@ -162,7 +165,7 @@ def quantize(
             TOKENS_PER_FEATURE * widest,
         )
     identity = {
-        "source files": source.hashes(),
+        "source files": source.hashes() if ranks.rank == 0 else {},  # others have no work folder
         "recipe": recipe.as_dict(settings),
         "calibration tokens": data.token_hash(tokens),
         "version": qoq.__version__,
@@ -171,42 +174,43 @@ def quantize(
         "batch": placement.tokens_at_once,
         "ranks": ranks.size,
     }
-    work = Work(output, identity, resume) if ranks.rank == 0 else None
+    held: AbstractContextManager[Work | None]
+    held = Work(output).hold(identity, resume) if ranks.rank == 0 else nullcontext()
+    with held as work:
+        turn = rotations(source.spec, spec, settings, device)
+        run = Run(source, spec, settings, turn, work, device, ranks, placement)
+        streams, probe = _embed(run, tokens[ranks.share_of(len(tokens))])
+        drift = insight.Drift(streams) if ranks.rank == 0 else None
+        layers = []
+        for index in range(spec.num_layers):
+            layers.append(_layer(run, index, streams, probe, drift))
+            on_layer(layers[-1])
+        divergence = _head(run, probe, drift)
 
-    turn = rotations(source.spec, spec, settings, device)
-    run = Run(source, spec, settings, turn, work, device, ranks, placement)
-    streams, probe = _embed(run, tokens[ranks.share_of(len(tokens))])
-    drift = insight.Drift(streams) if ranks.rank == 0 else None
-    layers = []
-    for index in range(spec.num_layers):
-        layers.append(_layer(run, index, streams, probe, drift))
-        on_layer(layers[-1])
-    divergence = _head(run, probe, drift)
-
-    report = {
-        "model": source.name,
-        "version": qoq.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": identity["device"],
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "source_files": identity["source files"],
-        "calibration": {
-            "dataset": calibration.dataset,
-            "samples": tokens.shape[0],
-            "seqlen": tokens.shape[1],
-            "sha256": identity["calibration tokens"],
-        },
-        "recipe": identity["recipe"],
-        "ranks": ranks.size,
-        "layers": layers,
-        "kl": divergence,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_gpu_bytes": 0 if device == "cpu" else torch.cuda.max_memory_allocated(device),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    if work is not None:
-        publish.publish(source, spec, settings, tokenizer, report, work)
+        report = {
+            "model": source.name,
+            "version": qoq.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": identity["device"],
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "source_files": identity["source files"],
+            "calibration": {
+                "dataset": calibration.dataset,
+                "samples": tokens.shape[0],
+                "seqlen": tokens.shape[1],
+                "sha256": identity["calibration tokens"],
+            },
+            "recipe": identity["recipe"],
+            "ranks": ranks.size,
+            "layers": layers,
+            "kl": divergence,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_gpu_bytes": 0 if device == "cpu" else torch.cuda.max_memory_allocated(device),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        if work is not None:
+            publish.publish(source, spec, settings, tokenizer, report, work)
     return report
 
 

@@ -1,15 +1,18 @@
 """The work folder: what an interrupted run leaves behind, and how the next one goes on.
 
+<output>.work/lock                         held by the run that is at work here
 <output>.work/run.json                     what this run is: sources, recipe, tokens, version
 <output>.work/parts/<name>.safetensors     finished parts: embed, layer-00000 ..., head; report in the metadata
 <output>.work/checkpoint/                  the folder that becomes <output> once it is verified
 """
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,41 +20,69 @@ from torch import Tensor
 from qoq import checkpoint, shards
 from qoq.errors import OutputError
 
-RUN = "run.json"
+RUN, LOCK = "run.json", "lock"
 
 
 class Work:
-    """The work folder of one output.
+    """The work folder of one output; `hold` opens it."""
 
-    Raises:
-        OutputError: the output exists already, or the work folder belongs to another run (with `resume`).
-    """
-
-    def __init__(self, output: Path, run: Mapping[str, Any], resume: bool):
-        self.output = output
-        self.folder = output.with_name(output.name + ".work")
+    def __init__(self, output: Path):
+        self.output = Path(os.path.abspath(output))  # "." has no name
+        self.folder = self.output.with_name(self.output.name + ".work")
         self.parts = self.folder / "parts"
         self.draft = self.folder / "checkpoint"
-        refuse_existing(output)
-        self._open(dict(run), resume)
 
-    def _open(self, run: dict[str, Any], resume: bool) -> None:
-        marker = self.folder / RUN
-        if self.folder.exists() and not marker.is_file():
-            if any(self.folder.iterdir()):
-                raise OutputError(
-                    f"{self.folder}: exists and is no work folder of qoq; remove it or name another --output"
-                )
-        elif marker.is_file():
+    @contextmanager
+    def hold(self, run: Mapping[str, Any], resume: bool) -> Iterator["Work"]:
+        """Work there alone, from where the same run stopped (with `resume`) or from the start.
+
+        Raises:
+            OutputError: the output exists already, the work folder is none of ours or belongs to another run, or one
+                is at work there.
+        """
+        refuse_existing(self.output)
+        self._refuse_foreign()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / LOCK).open("w")
+        except OSError as error:
+            raise shards.cannot_write(self.folder, error) from None
+        with lock:
+            self._lock(lock)
+            self._start(dict(run), resume)
+            yield self
+
+    def _refuse_foreign(self) -> None:
+        if not self.folder.exists() or (self.folder / RUN).is_file():
+            return
+        if not self.folder.is_dir() or any(path.name != LOCK for path in self.folder.iterdir()):
+            raise OutputError(f"{self.folder}: exists and is no work folder of qoq; remove it or name another --output")
+
+    def _lock(self, file: IO[str]) -> None:
+        """The system lets go of it when the file is closed or its process ends, however that happens."""
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{self.folder}: another run is at work here; wait for its end or name another --output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _start(self, run: dict[str, Any], resume: bool) -> None:
+        if (self.folder / RUN).is_file():
             if resume:
                 self._refuse_other(run)
             else:
-                shutil.rmtree(self.folder)
+                for folder in filter(Path.exists, (self.parts, self.draft)):
+                    shutil.rmtree(folder)
+        shards.write_bytes(self.folder / RUN, json.dumps(run, indent=2) + "\n")
         try:
-            self.parts.mkdir(parents=True, exist_ok=True)
+            self.parts.mkdir(exist_ok=True)
         except OSError as error:
             raise shards.cannot_write(self.parts, error) from None
-        shards.write_bytes(marker, json.dumps(run, indent=2) + "\n")
 
     def _refuse_other(self, run: dict[str, Any]) -> None:
         try:
