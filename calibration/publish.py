@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def _assemble(source: Source, spec: ModelSpec, settings: Recipe, tokenizer: Any,
         shards.write_shards(work.draft, [work.path(part) for part in _parts(spec)])
         tokenizer.save_pretrained(work.draft)
         for pattern in CARRIED_FILES:
-            for path in source.folder.glob(pattern):
+            for path in filter(Path.is_file, source.folder.glob(pattern)):
                 shutil.copyfile(path, work.draft / path.name)
     except OSError as error:
         raise work.keep(shards.cannot_write(work.draft, error)) from None
@@ -71,7 +72,8 @@ def _describe(source: Source, spec: ModelSpec, settings: Recipe, report: Mapping
     left = layout.half_linears(spec, settings.modules_to_not_convert)
     licences = sorted(path.name for pattern in LICENCE_FILES for path in work.draft.glob(pattern))
     shards.write_bytes(work.draft / "qoq_recipe.yaml", recipe.dump(settings))
-    shards.write_bytes(work.draft / "qoq_report.json", json.dumps({**report, "files": files}, indent=2) + "\n")
+    record = json.dumps({**report, "files": files}, indent=2)
+    shards.write_bytes(work.draft / "qoq_report.json", record + "\n")
     shards.write_bytes(work.draft / "README.md", card.text(source, settings, report, left, licences))
 
 
