@@ -11,6 +11,7 @@ from torch import Tensor
 from qoq import checkpoint, layout, shards
 from qoq.calibration import publish, rotate, smooth, weights
 from qoq.calibration.blocks import Stopwatch, Streams, observe
+from qoq.errors import QuantizationError
 from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.models.decoder import (
     Block,
@@ -21,7 +22,15 @@ from qoq.models.decoder import (
     simulated_cache,
     simulated_linear,
 )
-from qoq.quant import ChannelWeight, GroupedWeight, HalfLinear, QuantizedLinear, QuantizedWeight, StoredLinear
+from qoq.quant import (
+    ChannelWeight,
+    GroupedWeight,
+    HalfLinear,
+    QuantizedLinear,
+    QuantizedWeight,
+    StoredLinear,
+    is_finite,
+)
 from qoq.recipe import Recipe
 
 Layer = dict[str, Tensor]
@@ -107,6 +116,8 @@ def quantize(
                     moments.add(inputs(q, x_q.to(streams.device)), y_fp, counts)
                 del x_fp, x_q, y_fp, counts  # a batch of the widest activations
                 streams.ranks.sum(moments.h, moments.g)
+                if not (is_finite(moments.h) and is_finite(moments.g)):
+                    raise not_finite(f"{prefix}{names[0]}: its input", dtype)
         with passes("weights"):
             chosen = chosen_by_first(names, moments)
         for name, (weight, losses) in chosen.items():
@@ -150,6 +161,11 @@ def quantize(
             x_fp.copy_(fp.mlp_half(x_fp.to(streams.device)))
             x_q.copy_(q.mlp_half(x_q.to(streams.device)))
     return QuantizedLayer({name: linears[name] for name in LINEARS}, norms, kv), report
+
+
+def not_finite(what: str, dtype: torch.dtype) -> QuantizationError:
+    kind = str(dtype).removeprefix("torch.")
+    return QuantizationError(f"{what} has NaN or Inf on calibration tokens, expected finite {kind} values")
 
 
 def token_weight(residual: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Interrupted runs replay the streams through the finished layers, so that the res
 
 import datetime
 import logging
+import math
 import platform
 import resource
 import time
@@ -298,7 +299,9 @@ def _layer(run: Run, index: int, streams: Streams, probe: Probe, drift: insight.
         "causes": causes,
     }
     with passes("pack"):
-        tensors, digests = layer.pack(quantized, index)
+        tensors, digests = layer.pack(quantized, index)  # names a weight that no scale fits
+    if not math.isfinite(loss):
+        raise layer.not_finite(f"layer {index}: its output", streams.x_fp.dtype)
     report |= {"seconds": round(time.monotonic() - started, 2), "passes": passes.seconds}
     run.work.write(part, tensors, {**report, "digests": digests})
     return report

@@ -72,7 +72,7 @@ def _describe(source: Source, spec: ModelSpec, settings: Recipe, report: Mapping
     left = layout.half_linears(spec, settings.modules_to_not_convert)
     licences = sorted(path.name for pattern in LICENCE_FILES for path in work.draft.glob(pattern))
     shards.write_bytes(work.draft / "qoq_recipe.yaml", recipe.dump(settings))
-    record = json.dumps({**report, "files": files}, indent=2)
+    record = json.dumps({**report, "files": files}, indent=2, allow_nan=False)
     shards.write_bytes(work.draft / "qoq_report.json", record + "\n")
     shards.write_bytes(work.draft / "README.md", card.text(source, settings, report, left, licences))
 

@@ -109,7 +109,7 @@ class Work:
             OutputError: says how to go on after a full disk.
         """
         try:
-            shards.write_tensors(self.path(part), tensors, {"report": json.dumps(report)})
+            shards.write_tensors(self.path(part), tensors, {"report": json.dumps(report, allow_nan=False)})
         except OutputError as error:
             raise self.keep(error) from None
 

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from conftest import GROUP_SIZES, TESTS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from qoq import recipe, shards, verify
-from qoq.calibration import pipeline, plan
+from qoq.calibration import insight, pipeline, plan
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, OutputError, QuantizationError
 from qoq.models.architecture import LINEARS
@@ -127,7 +128,64 @@ def test_licences_travel(copy_of, llama, tiny_recipe, tmp_path):
     assert (tmp_path / "out" / "LICENSE.txt").read_text() == "be kind"
 
 
+def test_folders_named_like_licences_stay(copy_of, llama, tiny_recipe, tmp_path):
+    folder = copy_of(llama)
+    (folder / "LICENSES").mkdir()
+    (folder / "LICENSE").write_text("be kind")
+    pipeline.quantize(open_source(str(folder)), tmp_path / "out", tiny_recipe("rtn"))
+    assert [path.name for path in (tmp_path / "out").glob("LICENSE*")] == ["LICENSE"]
+
+
+def test_plan_and_card_know_the_parts_of_a_mixture(source, text_file, tiny_recipe, tmp_path):
+    calibration = recipe.Calibration(f"c4:2,{text_file}:3", nsamples=4, seqlen=32)
+    settings = tiny_recipe("rtn", calibration=calibration)
+    report = pipeline.quantize(source, tmp_path / "out", settings)
+    assert plan.of_source(source, settings, "cpu").tokens == 5 * 32
+    assert report["calibration"]["samples"] == 5
+    assert "5 x 32 tokens of c4 (2), calibration.txt (3), sha256" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_dead_blocks_are_quantized(copy_of, llama, tiny_recipe, tmp_path):
+    folder = copy_of(llama)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.1.{name}.weight"] *= 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = pipeline.quantize(open_source(str(folder)), tmp_path / "out", tiny_recipe())
+    assert report["layers"][1]["linears"]["mlp.down_proj"]["loss"] == 0
+    assert verify.problems(tmp_path / "out") == []
+
+
 # What cannot be quantized
+
+
+@pytest.mark.parametrize("stream, value", [("x_q", torch.nan), ("x_fp", torch.inf)])
+@pytest.mark.parametrize(
+    "kind, where",
+    [("qoq", r"model\.layers\.0\.self_attn\.q_proj: its input"), ("rtn", "layer 0: its output")],
+)
+def test_an_overflow_on_calibration_tokens_is_named(
+    source, tiny_recipe, tmp_path, monkeypatch, kind, where, stream, value
+):
+    embed = pipeline._embed
+
+    def overflow(run, tokens):
+        streams, probe = embed(run, tokens)
+        getattr(streams, stream)[1, 3, 7] = value
+        return streams, probe
+
+    monkeypatch.setattr(pipeline, "_embed", overflow)
+    message = f"^{where} has NaN or Inf on calibration tokens, expected finite float32 values"
+    with pytest.raises(QuantizationError, match=message):
+        pipeline.quantize(source, tmp_path / "out", tiny_recipe(kind))
+    assert not (tmp_path / "out").exists() and not part(tmp_path / "out", "layer-00000").exists()
+
+
+def test_a_report_that_is_no_json_is_not_written(source, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(insight.Drift, "divergence", lambda drift, logits: {"w4": torch.nan})
+    with pytest.raises(ValueError, match="JSON"):
+        pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_width_that_no_group_fits_is_refused_first(tmp_path, tiny_recipe):
@@ -300,6 +358,48 @@ def test_a_foreign_work_folder_is_left_alone(source, tiny_recipe, tmp_path, resu
     with pytest.raises(OutputError, match="out.work: exists and is no work folder of qoq"):
         pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"), resume=resume)
     assert (tmp_path / "out.work" / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_in_place_of_the_work_folder_is_left_alone(source, tiny_recipe, tmp_path):
+    (tmp_path / "out.work").write_text("mine")
+    with pytest.raises(OutputError, match="out.work: exists and is no work folder of qoq"):
+        pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"))
+    assert (tmp_path / "out.work").read_text() == "mine"
+
+
+def test_an_output_that_is_there_is_refused_before_anything_is_read(source, tiny_recipe, tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("mine")
+    for name in ("tokenizer", "hashes"):
+        monkeypatch.setattr(type(source), name, None)
+    with pytest.raises(OutputError, match="out: exists"):
+        pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"))
+
+
+def test_the_folder_one_is_in_can_be_the_output(source, tiny_recipe, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pipeline.quantize(source, Path("."), tiny_recipe("rtn"))
+    assert verify.problems(tmp_path / "here") == []
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_is_alone_in_its_work_folder(source, tiny_recipe, tmp_path, resume):
+    output, refused = tmp_path / "out", []
+
+    def start_again(report):
+        with pytest.raises(OutputError, match="out.work: another run is at work here"):
+            pipeline.quantize(source, output, tiny_recipe("rtn"), resume=resume)
+        refused.append(report["layer"])
+
+    pipeline.quantize(source, output, tiny_recipe("rtn"), on_layer=start_again)
+    assert refused == [0, 1] and verify.problems(output) == []
+
+
+def test_a_work_folder_that_holds_only_a_lock_is_taken(source, tiny_recipe, tmp_path):
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "lock").touch()
+    pipeline.quantize(source, tmp_path / "out", tiny_recipe("rtn"))
+    assert verify.problems(tmp_path / "out") == []
 
 
 def test_an_output_below_a_file_cannot_be_written(source, tiny_recipe, tmp_path):
