@@ -133,16 +133,12 @@ class Ranks:
             return dict(tensors), facts
         kinds = [(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
         box = [(kinds, facts)]
-        shared: dict[Key, Tensor] = {}
-
-        def exchange() -> None:
-            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-            for key, dtype, shape in box[0][0]:
-                own = tensors[key].contiguous() if self.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
-                dist.broadcast(own, 0)
-                shared[key] = own
-
-        self._exchange(exchange)
+        self._exchange(lambda: dist.broadcast_object_list(box, 0, device=torch.device("cpu")))
+        shared = {  # between exchanges, where others hear of a rank that has no memory for it
+            key: tensors[key].contiguous() if self.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
+            for key, dtype, shape in box[0][0]
+        }
+        self._exchange(lambda: [dist.broadcast(own, 0) for own in shared.values()])
         return shared, box[0][1]
 
     def _reduce(self, tensors: tuple[Tensor, ...], operation: Any) -> None:

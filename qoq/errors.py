@@ -7,7 +7,9 @@
     ├── QuantizationError  numbers that cannot be quantized, or a transform that changed the model
     ├── CheckpointError    a checkpoint folder that is incomplete, damaged or contradictory
     ├── KernelError        GPU kernels that cannot be compiled, loaded or run here
-    └── OutputError        an output folder that cannot be used or written
+    ├── OutputError        an output folder that cannot be used or written
+    ├── RankError          another process of the same run failed (calibration/ranks.py)
+    └── RankGone           another process of the same run does not answer (there too)
 
 Each message is one line: what, where, and what was expected. The command line prints it and exits with 1;
 every other exception is a bug and keeps its traceback.

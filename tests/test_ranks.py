@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import relative, weight_of
 
-from qoq import recipe, verify
+from qoq import errors, recipe, verify
 from qoq.calibration import pipeline
 from qoq.calibration.ranks import Ranks
 from qoq.checkpoint import Checkpoint
@@ -88,6 +88,8 @@ def exchange_and_quantize(folder, model):
         tensors, facts = ranks.share({} if ranks.rank else tensors, {"rank": ranks.rank}, "cpu")
         assert facts == {"rank": 0} and list(tensors) == [("a", 1), "h"]
         assert tensors["a", 1].dtype == torch.uint8 and tensors["a", 1].sum() == 28 and tensors["h"].sum() == 3
+    if ranks.rank:
+        Source.hashes = None  # type: ignore  # rank 0 alone hashes
     for name in ("gptq", "search"):
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         files = ["--recipe", folder / f"{name}.yaml", "--output", folder / name]
@@ -199,3 +201,33 @@ def test_a_rank_that_is_killed_is_missed():
     (code, out, err), (killed, _, _) = launch(leave)
     assert killed == 9 and code == 0, err
     assert out.startswith("RankGone rank 0: another rank is gone") and len(out.splitlines()) == 1
+
+
+def run_out_of_memory():
+    """Rank 1 has no room for what rank 0 shares."""
+    ranks, empty = Ranks.of_environment(), torch.empty
+
+    def too_small(*shape, **options):
+        if shape == ((7, 7),):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*shape, **options)
+
+    torch.empty = too_small
+    try:
+        with ranks.together():
+            ranks.share({"x": torch.ones(7, 7)} if ranks.rank == 0 else {}, None, "cpu")
+    except (QoqError, torch.OutOfMemoryError) as error:
+        print(type(error).__name__, error, flush=True)
+
+
+def test_a_rank_that_is_out_of_memory_says_so():
+    said = [out for _, out, _ in launch(run_out_of_memory)]
+    assert said == [
+        "RankError rank 1: OutOfMemoryError: CUDA out of memory\n",
+        "OutOfMemoryError CUDA out of memory\n",
+    ]
+
+
+def test_every_error_is_in_the_tree():
+    for error in QoqError.__subclasses__():
+        assert f"── {error.__name__} " in str(errors.__doc__)
