@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qoq.errors import ModelError, QuantizationError
 from qoq.models.source import open_source
@@ -128,6 +129,29 @@ def test_truncated_weights(broken, size):
         open_source(str(broken))
 
 
+def test_a_quantized_model_is_refused_by_its_config(broken):
+    config = json.loads((broken / "config.json").read_text())
+    for found in (None, {"quant_method": "compressed-tensors", "format": "int-quantized"}):
+        (broken / "config.json").write_text(json.dumps(config | {"quantization_config": found}))
+        if found is None:
+            open_source(str(broken))
+    message = r"quantization_config \(quant_method 'compressed-tensors'\), expected the unquantized model"
+    with pytest.raises(ModelError, match=message):
+        open_source(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.bool, "BOOL")], ids=str
+)
+def test_a_quantized_tensor_is_refused(broken, dtype, name):
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(384, 256).to(dtype)
+
+    edit(broken, change)
+    with pytest.raises(ModelError, match=rf"up_proj.weight is {name}, expected F16, BF16, F32, F64"):
+        open_source(str(broken)).layer(0)
+
+
 def test_a_missing_tensor(broken):
     edit(broken, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ModelError, match="tensor model.layers.1.mlp.up_proj.weight is missing"):
@@ -158,6 +182,7 @@ def test_a_value_that_is_not_finite(broken, name, value):
 
 def test_an_index_that_names_an_absent_file(broken):
     weight_map = dict.fromkeys(load_file(broken / WEIGHTS), "model-00001-of-00002.safetensors")
+    (broken / WEIGHTS).rename(broken / "model-00002-of-00002.safetensors")
     (broken / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ModelError, match="model-00001-of-00002.safetensors is named by the index but is not there"):
         open_source(str(broken))
@@ -165,8 +190,31 @@ def test_an_index_that_names_an_absent_file(broken):
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '"x"', '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_an_index_that_is_none(broken, content):
+    (broken / WEIGHTS).rename(broken / "model-00001-of-00001.safetensors")
     (broken / INDEX).write_text(content)
     with pytest.raises(ModelError, match="not a safetensors index"):
+        open_source(str(broken))
+
+
+def test_weights_are_those_that_transformers_takes(broken):
+    """Of an index, other files, and model.safetensors: the last."""
+    saved = load_file(broken / WEIGHTS)
+    save_file({name: 2 * x for name, x in saved.items()}, broken / "other.safetensors", metadata={"format": "pt"})
+    (broken / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(saved, "other.safetensors")}))
+    norm, loaded = "model.norm.weight", AutoModelForCausalLM.from_pretrained(broken, dtype="auto")
+    source = open_source(str(broken))
+    assert torch.equal(source.final_norm(), loaded.state_dict()[norm]) and torch.equal(source.final_norm(), saved[norm])
+    assert set(source.hashes()) == {"config.json", WEIGHTS}
+    (broken / WEIGHTS).unlink()
+    assert torch.equal(open_source(str(broken)).final_norm(), 2 * saved[norm])
+
+
+def test_without_an_index_a_tensor_is_in_one_file(broken):
+    saved = load_file(broken / WEIGHTS)
+    (broken / WEIGHTS).rename(broken / "a.safetensors")
+    assert set(open_source(str(broken)).files) == set(saved)
+    save_file({"model.norm.weight": torch.ones(256)}, broken / "b.safetensors")
+    with pytest.raises(ModelError, match=r"b\.safetensors: tensor model.norm.weight is in a\.safetensors too"):
         open_source(str(broken))
 
 

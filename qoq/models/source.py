@@ -19,7 +19,7 @@ from qoq.models.config import load_config
 from qoq.models.gguf_header import check_header
 from qoq.quant import is_finite
 from qoq.roofline import MODELS
-from qoq.shards import file_sha256, read_header, read_object
+from qoq.shards import INDEX, file_sha256, read_entries, read_header, read_object
 
 # A real model without a hub: the GGUF inside an installed package, or else the hub's original.
 ALIASES = {
@@ -30,13 +30,15 @@ ALIASES = {
     )
 }
 CACHE_VERSION = 1  # of converted GGUF folders
+SINGLE = "model.safetensors"  # the only file of unsharded weights
+FULL_PRECISION = ("F16", "BF16", "F32", "F64")  # safetensors' names
 
 
 class Source:
     """A Hugging Face folder with safetensors, read one tensor at a time; nothing stays mapped.
 
     Raises:
-        ModelError: a folder without config or safetensors, or an unsupported architecture.
+        ModelError: a folder without config or safetensors, an unsupported architecture, or a quantized model.
     """
 
     def __init__(self, folder: Path, name: str | None = None, trust_remote_code: bool = False):
@@ -44,6 +46,12 @@ class Source:
         self.name = name or str(folder)
         self.trust_remote_code = trust_remote_code
         self.files = self._find_files()
+        if found := getattr(self.config, "quantization_config", None):
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise ModelError(
+                f"{self.name}: config.json has a quantization_config (quant_method {reprlib.repr(method)}), "
+                "expected the unquantized model"
+            )
         self.spec: ModelSpec = model_spec(self.config, self.name)
 
     @cached_property
@@ -51,9 +59,9 @@ class Source:
         return load_config(self.folder, self.name, self.trust_remote_code)
 
     def _find_files(self) -> dict[str, Path]:
-        """Tensor name -> file."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
+        """Tensor name -> file. As transformers has it, model.safetensors comes before an index."""
+        single, index = self.folder / SINGLE, self.folder / INDEX
+        if index.is_file() and not single.is_file():
             try:
                 files = {name: self.folder / file for name, file in read_index(index).items()}
             except ValueError as error:
@@ -62,29 +70,37 @@ class Source:
             if missing:
                 raise ModelError(f"{self.name}: {missing[0]} is named by the index but is not there")
             return files
-        paths = sorted(self.folder.glob("*.safetensors"))
-        if not paths:
+        if not any(self.folder.glob("*.safetensors")):
             raise ModelError(f"{self.name}: no *.safetensors in {self.folder} (pickled weights are not read)")
-        return {name: path for path in paths for name in tensor_names(path)}
+        try:
+            entries = read_header(single) if single.is_file() else read_entries(self.folder)
+        except CheckpointError as error:
+            raise ModelError(str(error)) from None
+        return {name: entry.path for name, entry in entries.items()}
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor in its stored dtype, a copy of its own.
 
         Raises:
-            ModelError: no such tensor, one of another shape, or its file is damaged.
+            ModelError: no such tensor, one of another shape, a quantized one, or its file is damaged.
             QuantizationError: it holds NaN or Inf.
         """
         if name not in self.files:
             raise ModelError(f"{self.name}: tensor {name} is missing")
         try:
             with safe_open(self.files[name], framework="pt") as file:
-                found = tuple(file.get_slice(name).get_shape())  # before its bytes
+                stored = file.get_slice(name)  # not its bytes yet
+                found, dtype = tuple(stored.get_shape()), stored.get_dtype()
                 if found != shape:
                     raise ModelError(f"{self.name}: {name} has shape {list(found)}, the config says {list(shape)}")
+                if dtype not in FULL_PRECISION:
+                    raise ModelError(
+                        f"{self.name}: {name} is {dtype}, expected {', '.join(FULL_PRECISION)}: the unquantized model"
+                    )
                 tensor = file.get_tensor(name).clone()
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelError(f"{self.files[name]}: damaged safetensors ({first_line(error)})") from None
-        if tensor.is_floating_point() and not is_finite(tensor):
+        if not is_finite(tensor):
             at = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise QuantizationError(f"{name}: {float(tensor[tuple(at)])} at {at}, expected finite weights")
         return tensor
@@ -276,18 +292,6 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
         raise ValueError(f"tensor {sorted(loading['missing_keys'])[0]} is missing")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Names in a safetensors file.
-
-    Raises:
-        ModelError: the file is truncated or not safetensors.
-    """
-    try:
-        return list(read_header(path))
-    except CheckpointError as error:
-        raise ModelError(str(error)) from None
 
 
 def read_index(path: Path) -> dict[str, str]:
