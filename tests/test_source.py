@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import make_model
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -79,6 +80,23 @@ def test_an_unreachable_hub_id_is_one_line():
     with pytest.raises(ModelError, match="nobody/nothing: no such folder, and the hub did not give it") as caught:
         open_source("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_is_fetched_from_the_hub(monkeypatch, llama, trusted):
+    """Whatever opens the model, its code only if trusted, and the weights once."""
+    there = ["config.json", "model.safetensors", "merges.txt", "vocab.json", "vocab.txt", "configuration_own.py"]
+    there += ["pytorch_model.bin", "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"]
+    there += ["original/params.json", "original/consolidated.00.pth"]
+    fetched = []
+
+    def fetch(hub_id, **patterns):
+        fetched.extend(filter_repo_objects(there, **patterns))
+        return str(llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    open_source("nobody/nothing", trust_remote_code=trusted)
+    assert fetched == there[: 6 if trusted else 5]
 
 
 @pytest.mark.parametrize("content", [b"not a gguf file at all", b"GGUF", b"GGUF\x03\0\0\0" + bytes(range(40))])

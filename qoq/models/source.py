@@ -160,7 +160,7 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
     Raises:
         ModelError: nothing is there, or it cannot be read.
     """
-    return Source(locate(model), model, trust_remote_code)
+    return Source(locate(model, trust_remote_code), model, trust_remote_code)
 
 
 def describe(model: str, trust_remote_code: bool = False) -> Any:
@@ -223,12 +223,12 @@ def _no_such_model(model: str) -> ModelError:
     return ModelError(f"{model}: no such model; expected a folder, a .gguf file, a hub id or {', '.join(ALIASES)}")
 
 
-def locate(model: str) -> Path:
+def locate(model: str, trust_remote_code: bool = False) -> Path:
     """The local Hugging Face folder of a model; downloads or converts it first if need be."""
     path = _path(model)
     if model in ALIASES:
         file = _packaged(model)
-        return _download(ALIASES[model][2]) if file is None else convert_gguf(file)
+        return _download(ALIASES[model][2], trust_remote_code) if file is None else convert_gguf(file)
     if os.path.isdir(path):
         return path
     if path.suffix == ".gguf":
@@ -237,10 +237,10 @@ def locate(model: str) -> Path:
         return convert_gguf(path)
     if not _is_hub_id(model):
         raise _no_such_model(model)
-    return _download(model)
+    return _download(model, trust_remote_code)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [
@@ -248,13 +248,18 @@ def _download(hub_id: str) -> Path:
         "*.safetensors",
         "*.jinja",
         "tokenizer.model",
+        "vocab.txt",
+        "merges.txt",
         "README.md",
         "LICENSE*",
         "NOTICE*",
         "USE_POLICY*",
     ]
+    if trust_remote_code:
+        patterns.append("*.py")
+    others = ["consolidated*", "original/*"]  # the same weights once more, under their maker's names
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=others))
     except Exception as error:  # the hub client raises its own, httpx's and OSError
         raise ModelError(f"{hub_id}: no such folder, and the hub did not give it ({first_line(error)})") from None
 
