@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import FAMILIES, SEQLEN, VOCAB, WINDOW, relative
 from torch import Tensor
+from transformers import LlamaConfig
 
+from qoq.errors import ModelError
 from qoq.models.decoder import Decoder, KVTransform, float_block, rotary_embedding
 from qoq.models.source import Source, open_source
 
@@ -79,6 +81,27 @@ def test_rope_scaling(tmp_path, scaling):
     expected = reference_logits(tmp_path, some_ids())
     assert relative(plain, expected) > 1e-3
     assert relative(decoder_of(open_source(str(tmp_path)))(some_ids()), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [4.0] * 32, "factor": 4.0},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_rope_that_depends_on_the_length_is_refused(scaling):
+    config = LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=4,
+        rope_parameters={"rope_theta": 1e4, **scaling},
+        max_position_embeddings=64,
+    )
+    with pytest.raises(
+        ModelError, match=f"rope_type is '{scaling['rope_type']}', expected default, linear, llama3, yarn"
+    ):
+        rotary_embedding(config)
 
 
 @pytest.mark.parametrize("family", FAMILIES[:4])

@@ -22,6 +22,7 @@ Linear = Callable[[Tensor], Tensor]
 # (layer, k, v) of the new tokens -> all keys and values that attention may see, both (B, Hkv, T, D)
 Cache = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 Rope = tuple[Tensor, Tensor]
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def rotary_embedding(config: Any) -> Callable[[Tensor], Rope]:
     """positions (T,) int64 -> cos, sin (T, D) float32, with the scaling the config asks for.
 
     Raises:
-        ModelError: transformers knows no such scaling.
+        ModelError: transformers knows no such scaling, or it depends on the length of the sequence.
     """
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -51,6 +52,8 @@ def rotary_embedding(config: Any) -> Callable[[Tensor], Rope]:
         raise ModelError(
             f"config.json: RoPE cannot be computed from {scaling} ({type(error).__name__}: {error})"
         ) from None
+    if module.rope_type not in ROPE_TYPES:
+        raise ModelError(f"config.json: rope_type is {module.rope_type!r}, expected {', '.join(ROPE_TYPES)}")
 
     def rope(positions: Tensor) -> Rope:
         cos, sin = module.to(positions.device)(torch.empty(0, device=positions.device), positions[None])
