@@ -6,9 +6,11 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator
 from importlib import resources
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from qoq.errors import DataError, QoqError
+from qoq.errors import DataError, QoqError, first_line
 
 BUNDLED = {"c4": "c4.jsonl"}  # name -> file in calibration/text
 # name -> path and configuration on the hub, and the only split it has, if there is only one
@@ -81,8 +83,7 @@ def _parquet(path: Path) -> Iterator[str]:
                         raise ValueError(f"a text is {reprlib.repr(text)}")
                     yield text
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: no parquet file with a text column ({reason})") from None
+        raise DataError(f"{path}: no parquet file with a text column ({first_line(error)})") from None
 
 
 def _hub(name: str, split: str) -> Iterator[str]:
@@ -92,14 +93,27 @@ def _hub(name: str, split: str) -> Iterator[str]:
     except ImportError:
         raise DataError(f"{name}: no such file, and hub data sets need pip install 'qoq[eval]'") from None
     try:
-        stream = load_dataset(where, config, split=only_split or split, streaming=True)
-        first = next(iter(stream))
+        rows = iter(load_dataset(where, config, split=only_split or split, streaming=True))
+        first = next(rows)
     except Exception as error:  # the hub, its client and the builder raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{name}: not a bundled text ({', '.join(BUNDLED)}), a .txt, .jsonl or .parquet file, "
-            f"or a data set the hub gives ({reason})"
+            f"or a data set the hub gives ({first_line(error)})"
         ) from None
     if "text" not in first:
         raise DataError(f"{name}: no column 'text'; it has {', '.join(first)}")
-    return (row["text"] for row in stream)
+    return _texts(name, chain([first], rows))
+
+
+def _texts(name: str, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """Of a data set on the hub, which may break off and may hold anything."""
+    number = 1
+    try:
+        for row in rows:
+            text = row["text"]
+            if not isinstance(text, str):
+                raise ValueError(f"a text is {reprlib.repr(text)}")
+            yield text
+            number += 1
+    except Exception as error:  # as above
+        raise DataError(f"{name}, row {number}: cannot be read ({first_line(error)})") from None

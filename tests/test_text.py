@@ -91,6 +91,29 @@ def test_an_unreachable_data_set_lists_what_is_there():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ({"text": None}, r"own/texts, row 3: cannot be read \(a text is None\)"),
+        ({"txt": "a"}, r"own/texts, row 3: cannot be read \('text'\)"),
+        (ConnectionError("reset\nby peer"), r"own/texts, row 3: cannot be read \(reset\)$"),
+    ],
+    ids=["null", "absent", "network"],
+)
+def test_a_later_row_of_the_hub_that_cannot_be_read(monkeypatch, last, message):
+    def rows(*args, **options):
+        yield from ({"text": "One"}, {"text": "Two"})
+        if isinstance(last, Exception):
+            raise last
+        yield last
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", rows)
+    found = documents("own/texts")
+    assert [next(found), next(found)] == ["One", "Two"]
+    with pytest.raises(DataError, match=message):
+        next(found)
+
+
 def test_jsonl_keeps_what_json_says(tmp_path):
     texts = ['tab\tquote"', "\u00fc\u4e2d", ""]
     path = tmp_path / "a.jsonl"
