@@ -225,8 +225,8 @@ def write_bytes(path: Path, content: bytes | str) -> None:
         raise cannot_write(path, error) from None
 
 
-def cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path}: cannot write ({error.strerror or error})")
+def cannot_write(path: Path, error: OSError | SafetensorError) -> OutputError:
+    return OutputError(f"{path}: cannot write ({getattr(error, 'strerror', None) or error})")
 
 
 def write_shards(folder: Path, files: Iterable[Path], max_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -1,5 +1,6 @@
 """Reading source models: what is read is what was saved, and each fault is named."""
 
+import errno
 import hashlib
 import json
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from conftest import make_model
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qoq.errors import ModelError, QuantizationError
+from qoq.errors import ModelError, OutputError, QuantizationError
 from qoq.models.source import open_source
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -88,7 +90,7 @@ def test_what_is_fetched_from_the_hub(monkeypatch, llama, trusted):
     there = ["config.json", "model.safetensors", "merges.txt", "vocab.json", "vocab.txt", "configuration_own.py"]
     there += ["pytorch_model.bin", "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"]
     there += ["original/params.json", "original/consolidated.00.pth"]
-    fetched = []
+    fetched: list[str] = []
 
     def fetch(hub_id, **patterns):
         fetched.extend(filter_repo_objects(there, **patterns))
@@ -107,6 +109,30 @@ def test_a_file_that_is_no_gguf(tmp_path, monkeypatch, content):
     with pytest.raises(ModelError, match="model.gguf: GGUF cannot be read"):
         open_source(str(path))
     assert [found for found in (tmp_path / "cache").rglob("*") if found.name not in ("qoq", "gguf")] == []
+
+
+@pytest.mark.parametrize("fault", ["file", "disk", "weights"])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, fault):
+    """It is not the GGUF file's fault, and no half of a model stays behind."""
+
+    class Unwritable:
+        def save_pretrained(self, folder):
+            if fault == "disk":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr("qoq.models.source.check_header", lambda path: None)
+    monkeypatch.setattr("qoq.models.source._read_gguf", lambda path: (Unwritable(), Unwritable()))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    if fault == "file":
+        cache.write_text("in the way")
+    reason = "Not a directory" if fault == "file" else "No space left on device"
+    with pytest.raises(OutputError, match=rf"cache/qoq/gguf/\w+-v1: cannot write \(.*{reason}"):
+        open_source(str(path))
+    assert not [found for found in cache.rglob("*") if found.name not in ("qoq", "gguf")]
 
 
 def test_no_weights(broken):

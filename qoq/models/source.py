@@ -19,7 +19,7 @@ from qoq.models.config import load_config
 from qoq.models.gguf_header import check_header
 from qoq.quant import is_finite
 from qoq.roofline import MODELS
-from qoq.shards import INDEX, file_sha256, read_entries, read_header, read_object
+from qoq.shards import INDEX, cannot_write, file_sha256, read_entries, read_header, read_object
 
 # A real model without a hub: the GGUF inside an installed package, or else the hub's original.
 ALIASES = {
@@ -265,27 +265,39 @@ def _download(hub_id: str, trust_remote_code: bool) -> Path:
 
 
 def convert_gguf(path: Path) -> Path:
-    """Unpack a GGUF file into a float32 Hugging Face folder in the user's cache; done once for each file."""
+    """Unpack a GGUF file into a float32 Hugging Face folder in the user's cache; done once for each file.
+
+    Raises:
+        ModelError: the file cannot be read.
+        OutputError: the cache cannot be written.
+    """
     from platformdirs import user_cache_path
 
-    folder = user_cache_path("qoq") / "gguf" / f"{file_sha256(path)[:16]}-v{CACHE_VERSION}"
-    if (folder / "config.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
+        folder = user_cache_path("qoq") / "gguf" / f"{file_sha256(path)[:16]}-v{CACHE_VERSION}"
+        if (folder / "config.json").is_file():
+            return folder
         check_header(path)
-        _unpack_gguf(path, made)
-        if not folder.exists():  # another process may have been faster
-            os.rename(made, folder)
+        model, tokenizer = _read_gguf(path)
     except Exception as error:  # transformers and gguf raise many kinds here
         raise ModelError(f"{path}: GGUF cannot be read ({first_line(error)})") from None
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            if not folder.exists():  # another process may have been faster
+                os.rename(made, folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from None
     return folder
 
 
-def _unpack_gguf(path: Path, folder: Path) -> None:
+def _read_gguf(path: Path) -> tuple[Any, Any]:
+    """The model in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = _gguf(path)
@@ -295,8 +307,7 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
     model, loading = loaded
     if loading["missing_keys"]:  # transformers fills gaps with random numbers
         raise ValueError(f"tensor {sorted(loading['missing_keys'])[0]} is missing")
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(**where)
 
 
 def read_index(path: Path) -> dict[str, str]:
