@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from qoq.checkpoint import Checkpoint
-from qoq.errors import DataError, ModelError
+from qoq.errors import DataError, ModelError, first_line
 from qoq.models.source import Source
 from qoq.runtime.engine import LLMEngine
 from qoq.runtime.model import KVCache, greedy, load
@@ -116,7 +116,7 @@ class OriginalModel:
                 output_loading_info=True,
             )
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-            raise ModelError(f"{source.name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+            raise ModelError(f"{source.name}: cannot be loaded ({first_line(error)})") from None
         self.model, loading = loaded
         if loading["missing_keys"]:
             raise ModelError(f"{source.name}: tensor {sorted(loading['missing_keys'])[0]} is missing")
@@ -174,14 +174,13 @@ def tasks(
     """
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
 
-        from qoq.lm_eval_model import QoqLM
+        from qoq.lm_eval_model import QoqLM, Tasks
     except ImportError:
         raise DataError("--tasks needs lm-eval; pip install 'qoq[eval]'") from None
     chosen = [_task(name) for name in names]
     own = all(isinstance(task, dict) for task in chosen)
-    manager = TaskManager(include_defaults=not own)
+    manager = Tasks(include_defaults=not own)
     unknown = [task for task in chosen if isinstance(task, str) and task not in manager.all_tasks]
     if unknown:
         raise DataError(f"{unknown[0]}: lm-eval knows no such task; a task of your own is a .yaml file")
@@ -200,9 +199,20 @@ def _task(name: str) -> str | dict[str, Any]:
         raise DataError(f"{name}: no such task file")
     try:
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
-        files = (task.get("dataset_kwargs") or {}).get("data_files", {})
-        for split, file in files.items():
-            files[split] = str((path.parent / file).resolve())
-    except (yaml.YAMLError, AttributeError) as error:
-        raise DataError(f"{name}: not an lm-eval task ({str(error).splitlines()[0]})") from None
+        if not {"task", "group"} & task.keys():
+            raise ValueError("no task or group in it")
+        options = task.get("dataset_kwargs") or {}
+        if "data_files" in options:
+            options["data_files"] = _beside(path, options["data_files"])
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise DataError(f"{name}: not an lm-eval task ({first_line(error)})") from None
     return task
+
+
+def _beside(path: Path, files: Any) -> Any:
+    """`data_files` as datasets takes them, one name, several, or such for each split, beside the file `path`."""
+    if isinstance(files, dict):
+        return {split: _beside(path, names) for split, names in files.items()}
+    if isinstance(files, list):
+        return [_beside(path, name) for name in files]
+    return str((path.parent / files).resolve())

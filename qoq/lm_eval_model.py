@@ -1,15 +1,31 @@
-"""An evaluated model as lm-eval sees it: token log-likelihoods and greedy generation, one request at a time."""
+"""An evaluated model as lm-eval sees it: token log-likelihoods and greedy generation, one request at a time.
+
+And its tasks as we see them: what cannot be loaded is an error of ours.
+"""
 
 from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from qoq.errors import DataError, first_line
 from qoq.evaluate import Model
 
 MAX_GENERATED_TOKENS = 256  # where a task names none, as lm-eval's own models have it
+
+
+class Tasks(TaskManager):
+    """Tasks whose data lm-eval finds, or a DataError before anything is evaluated."""
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            return super().load(task_list)
+        except Exception as error:  # lm-eval, the hub, its client and the builders raise many kinds
+            names = (t.get("group", t.get("task")) if isinstance(t, dict) else t for t in task_list)
+            raise DataError(f"--tasks {','.join(map(str, names))}: cannot be loaded ({first_line(error)})") from None
 
 
 class QoqLM(TemplateLM):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -210,9 +211,52 @@ def test_a_task_that_cannot_be_loaded_is_named(task_file, tmp_path):
     task_file.write_text("[1, 2")
     with pytest.raises(DataError, match="letters.yaml: not an lm-eval task"):
         evaluate.tasks(Uniform(), make_tokenizer(), [str(task_file)], 256, None)
-    task_file.write_text("- 1")
-    with pytest.raises(DataError, match="letters.yaml: not an lm-eval task"):
+    for content in (
+        b"- 1",
+        b"dataset_path: json",
+        "task: caf\u00e9".encode("latin-1"),
+        TASK.replace("rows.jsonl", "3").encode(),
+    ):
+        task_file.write_bytes(content)
+        with pytest.raises(DataError, match="letters.yaml: not an lm-eval task"):
+            evaluate.tasks(Uniform(), make_tokenizer(), [str(task_file)], 256, None)
+
+
+def test_a_task_whose_data_cannot_be_loaded_is_named(task_file, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.load_dataset", no_network)
+        with pytest.raises(DataError, match=r"^--tasks hellaswag: cannot be loaded \(ConnectionError\)$"):
+            evaluate.tasks(Uniform(), make_tokenizer(), ["hellaswag"], 256, None)
+    (task_file.parent / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"^--tasks letters: cannot be loaded \(.*rows.jsonl"):
         evaluate.tasks(Uniform(), make_tokenizer(), [str(task_file)], 256, None)
+
+
+def no_network(*args, **options):
+    raise ConnectionError
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "rows"),
+    [
+        ("rows.jsonl", "train", 4),
+        ("[rows.jsonl, more.jsonl]", "train", 8),
+        ("{test: [rows.jsonl, more.jsonl]}", "test", 8),
+    ],
+)
+def test_every_form_of_data_files(task_file, files, split, rows):
+    shutil.copyfile(task_file.parent / "rows.jsonl", task_file.parent / "more.jsonl")
+    plain = "data_files:\n    test: rows.jsonl\ntest_split: test"
+    task_file.write_text(TASK.replace(plain, f"data_files: {files}\ntest_split: {split}"))
+    asked = []
+
+    class Counting(Uniform):
+        def logits(self, ids):
+            asked.append(ids)
+            return super().logits(ids)
+
+    evaluate.tasks(Counting(), make_tokenizer(), [str(task_file)], 256, None)
+    assert len(asked) == 2 * rows
 
 
 def lm(max_length=64, model=None):
