@@ -161,7 +161,7 @@ class EngineModel:
 
     def stream(self, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        return (output.token_ids[-1] for output in self.engine.stream(token_ids, params))
+        return (output.answer.token_ids[output.length - 1] for output in self.engine.stream(token_ids, params))
 
 
 def tasks(

@@ -10,7 +10,7 @@ from conftest import make_tokenizer, only_line
 from qoq.cli.main import group
 from qoq.errors import QoqError
 from qoq.runtime.conversation import Conversation
-from qoq.runtime.engine import LLMEngine, RequestOutput
+from qoq.runtime.engine import Answer, LLMEngine, RequestOutput
 from qoq.runtime.sampler import SamplingParams
 from qoq.runtime.scheduler import Chunk
 
@@ -37,7 +37,7 @@ class Fake:
                 if not isinstance(piece, str):
                     raise piece
                 text += piece
-                yield RequestOutput("own", list(tokens), [0] * count, text, piece)
+                yield RequestOutput("own", list(tokens), Answer([0] * count, [text]), count, 1, piece)
         finally:
             self.closed += 1
 
@@ -98,7 +98,7 @@ def test_a_conversation_as_long_as_the_model(engine):
 
 
 def test_what_the_engine_could_not_answer_does_not_stay():
-    failed = RequestOutput("own", [1], [], "", "", "error", "the model's output is not a number")
+    failed = RequestOutput("own", [1], Answer(), 0, 0, "", "error", "the model's output is not a number")
     engine: Any = Fake()
     engine.stream = lambda *args: iter([failed])
     conversation = Conversation(engine)

@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerFast
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, ModelError, QoqError
 from qoq.quant import quantize_rows
-from qoq.runtime import graphs, model
+from qoq.runtime import graphs, model, text_stream
 from qoq.runtime.engine import LLMEngine, RequestOutput
 from qoq.runtime.graphs import GraphExecutor, batch_sizes
 from qoq.runtime.linear import PackedLinear, UnpackedLinear, joined_tensors
 from qoq.runtime.pages import Pages
 from qoq.runtime.sampler import Choice, Draws, SamplingParams
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
-from qoq.runtime.text_stream import TextStream
+from qoq.runtime.text_stream import TextStream, decode_each
 
 PROMPT = "Nobody knows"
 SEEDED = SamplingParams(max_tokens=10, temperature=1.5, top_k=100, top_p=0.95, seed=3, ignore_eos=True)
@@ -262,6 +262,16 @@ def test_outputs_add_up(engine):
     assert not engine.has_unfinished_requests()
 
 
+def test_an_output_stays_as_it_was(engine):
+    """And shares the answer with the others: a step adds what is new to it."""
+    outputs = list(engine.stream(PROMPT, greedily(12, logprobs=1)))
+    last = outputs[-1]
+    for count, output in enumerate(outputs, start=1):
+        assert output.answer is last.answer
+        assert output.token_ids == last.token_ids[:count] and output.logprobs == last.logprobs[:count]
+        assert output.text == "".join(earlier.delta for earlier in outputs[:count])
+
+
 def test_logprobs_of_a_prompt_are_the_models(engine, loaded, checkpoint_folder):
     """In chunks too; a prompt that was computed before is computed again for them."""
     tokens = ids(150)
@@ -329,20 +339,20 @@ def test_the_context_is_not_left(engine):
 def stream_of(text, stop=()):
     """The bytes of a text as tokens -> the text after each, and whether it stopped."""
     tokenizer = make_tokenizer()
-    stream, shown = TextStream(tokenizer, stop), []
+    stream, shown = TextStream(tokenizer, stop), [""]
     for token in tokenizer(text, add_special_tokens=False).input_ids:
         stream.push(token)
-        shown.append(stream.text[: stream.safe])
+        shown.append(shown[-1] + stream.take())
         if stream.stopped:
             break
-    return stream, shown
+    return stream, shown[1:]
 
 
 def test_characters_come_whole():
     stream, shown = stream_of("aé€😀b")
     assert shown == ["a", "a", "aé", "aé", "aé", "aé€", *["aé€"] * 3, "aé€😀", "aé€😀b"]
     stream.finish()
-    assert stream.text == "aé€😀b"
+    assert stream.take() == ""
 
 
 def test_a_character_that_is_never_finished_is_left_out():
@@ -351,20 +361,82 @@ def test_a_character_that_is_never_finished_is_left_out():
     for token in tokenizer("a€", add_special_tokens=False).input_ids[:-1]:
         stream.push(token)
     stream.finish()
-    assert stream.text == "a"
+    assert stream.take() == "a"
 
 
-def test_a_piece_is_decoded_behind_the_one_before():
-    """Tokenizers like Llama 2's drop the space before the first token that they decode."""
+def pieces_tokenizer():
+    """As Llama 2's: it drops the space before the first token that it decodes; bytes are tokens, </s> is special."""
     vocab = {"▁one": 0, "▁two": 1, "x": 2, "<0xC3>": 3, "<0xA9>": 4}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     parts = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence(list(parts))
-    stream, shown = TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer)), []
-    for token in (0, 1, 2, 3, 4, 1):
+    tokenizer.add_special_tokens(["</s>"])  # 5
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def taken(stream, tokens):
+    """What each token adds."""
+    found = []
+    for token in tokens:
         stream.push(token)
-        shown.append(stream.text)
-    assert shown == ["one", "one two", "one twox", "one twox", "one twoxé", "one twoxé two"]
+        found.append(stream.take())
+    return found
+
+
+def test_a_piece_is_decoded_behind_the_one_before():
+    stream = TextStream(pieces_tokenizer())
+    assert taken(stream, (0, 1, 2, 3, 4, 1)) == ["one", " two", "x", "", "é", " two"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "expected"),
+    [
+        ([0], [1, 2], [" two", "x"]),
+        ([5, *[2] * 20], [1], [" two"]),
+        ([0, 5], [1, 1], ["two", " two"]),  # behind a special token, as of a chat template, text begins anew
+        ([0, 5, 2], [5, 1], ["", " two"]),
+        ([0, 3], [4, 1], ["é", " two"]),  # a character that the prompt began
+        ([0, 3], [2, 1], ["x", " two"]),  # and one that nobody finishes
+        ([3, 4] * 6, [3, 4, 1], ["", "é", " two"]),
+        ([2, *[3, 4] * 4][:-1], [4, 3, 4], ["é", "", "é"]),
+        ([*[3, 4] * 4, 2], [3, 4], ["", "é"]),  # the last tokens begin within a character
+        ([*[3, 4] * 4, 3], [4, 1], ["é", " two"]),
+    ],
+)
+def test_an_answer_is_decoded_behind_its_prompt(prompt, tokens, expected):
+    stream = TextStream(pieces_tokenizer(), (), prompt)
+    assert taken(stream, tokens) == expected
+    stream.finish()
+    assert stream.take() == ""
+
+
+def test_an_answer_finishes_the_character_of_its_prompt(engine, monkeypatch):
+    *prompt, last = engine.tokenizer("é").input_ids
+    logits = torch.nn.functional.one_hot(torch.tensor([last]), VOCAB).float()
+    monkeypatch.setattr(engine.executor, "logits", lambda x: logits)
+    assert engine.generate([prompt], greedily(1))[0].text == "é"
+
+
+def test_a_stop_string_is_none_of_the_prompt():
+    stream = TextStream(pieces_tokenizer(), ["one two", "x x"], [5, 0])
+    assert "".join(taken(stream, [1, 0])) == " two " and not stream.stopped
+    assert "".join(taken(stream, [1])) == "" and stream.stopped
+
+
+@pytest.mark.parametrize(("token", "text"), [(5, ""), (4, "\ufffd")])
+def test_tokens_without_text_are_decoded_a_few_times(monkeypatch, token, text):
+    """Special ones, and bytes that are no character."""
+    longest = 0
+
+    def counted(tokenizer, pieces):
+        nonlocal longest
+        longest = max(longest, *map(len, pieces))
+        return decode_each(tokenizer, pieces)
+
+    monkeypatch.setattr(text_stream, "decode_each", counted)
+    stream = TextStream(pieces_tokenizer(), (), [0])
+    assert "".join(taken(stream, [token] * 500 + [1])) == text * 500 + " two"
+    assert longest < 20
 
 
 def test_bytes_that_are_no_character_do_not_stop_the_text():
@@ -372,7 +444,7 @@ def test_bytes_that_are_no_character_do_not_stop_the_text():
     stream, tokens = TextStream(tokenizer), tokenizer("é", add_special_tokens=False).input_ids
     for token in (*tokens[1:] * 3, *tokens, tokenizer("x").input_ids[1]):
         stream.push(token)
-    assert stream.text == "\ufffd\ufffd\ufffdéx"
+    assert stream.take() == "\ufffd\ufffd\ufffdéx"
 
 
 @pytest.mark.parametrize(
@@ -391,7 +463,7 @@ def test_stop_strings_are_found_across_tokens(text, stop, expected, last):
     assert shown[-1] == last
     assert all(expected.startswith(part) for part in shown)  # nothing is taken back
     stream.finish()
-    assert stream.text == expected and stream.stopped == (expected != text)
+    assert last + stream.take() == expected and stream.stopped == (expected != text)
 
 
 def test_a_stop_string_ends_its_request(engine):

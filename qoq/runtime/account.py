@@ -117,7 +117,7 @@ def watch(
                 if output.error is not None:
                     raise QoqError(output.error)
                 waiting.discard(output.request_id)
-                most = max(most, len(output.token_ids))
+                most = max(most, output.length)
         steps = min(STEPS, output_len - most - 3)  # the first one and what an engine computes ahead stay out
         if steps < 1:
             raise QoqError(f"output_len is {output_len}, too few tokens to watch steps behind the prompts")
@@ -132,7 +132,7 @@ def watch(
             engine.abort_request(name)
         while engine.has_unfinished_requests():
             engine.step()
-    context = statistics.fmean(len(output.prompt_token_ids) + len(output.token_ids) for output in outputs) - steps / 2
+    context = statistics.fmean(len(output.prompt_token_ids) + output.length for output in outputs) - steps / 2
     activities = [
         Activity(event.name, event.time_range.start, event.time_range.end)
         for event in traced.events()

@@ -208,10 +208,10 @@ class AsyncEngine:
             asked = self._asked.get(output.request_id)
             if asked is None:
                 continue
-            if asked.told == 0 and output.token_ids:
+            if asked.told == 0 and output.length:
                 self.prompt_tokens += len(output.prompt_token_ids)
-            self.generated_tokens += len(output.token_ids) - asked.told
-            asked.told = len(output.token_ids)
+            self.generated_tokens += output.length - asked.told
+            asked.told = output.length
             if output.finish_reason is not None:
                 del self._asked[output.request_id]
                 self.finished[output.finish_reason] += 1

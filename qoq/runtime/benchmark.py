@@ -181,11 +181,11 @@ def run_round(
             if output.error is not None:
                 raise QoqError(output.error)
             if output.finish_reason is not None:
-                tokens += len(output.token_ids)
+                tokens += output.length
     seconds = time.perf_counter() - started
     if tokens != batch_size * output_len:
         raise QoqError(f"{tokens} tokens came, expected {batch_size * output_len}: answers ended early")
-    lengths = [len(output.prompt_token_ids) + len(output.token_ids) for output in last]
+    lengths = [len(output.prompt_token_ids) + output.length for output in last]
     return Round(tokens, seconds, prefilled, steps, statistics.fmean(lengths) if lengths else 0.0)
 
 

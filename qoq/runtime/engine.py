@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,18 +29,45 @@ GREEDY = SamplingParams()
 Prompt = str | Sequence[int]
 
 
+@dataclass
+class Answer:
+    """What a request has got so far. Nothing in it changes but that it grows: an output tells how far it counts."""
+
+    token_ids: list[int] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)  # of the text
+    logprobs: list[dict[int, float]] | None = None
+
+
 class RequestOutput(NamedTuple):
-    """A request as it stands after a step."""
+    """A request as it stood after a step, on whatever thread and however late it is read.
+
+    An output costs what the step has added; `token_ids`, `text` and `logprobs` copy the answer each time.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
-    token_ids: list[int]  # the stop token included
-    text: str  # the stop token and the stop string left out
+    answer: Answer
+    length: int  # of the answer, in tokens
+    parts: int  # of the answer's text
     delta: str  # what the last step added to the text
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     error: str | None = None
-    logprobs: list[dict[int, float]] | None = None  # of each token: the likeliest, and the chosen one
     prompt_logprobs: list[dict[int, float] | None] | None = None  # of each token of the prompt; None for the first
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The stop token included."""
+        return self.answer.token_ids[: self.length]
+
+    @property
+    def text(self) -> str:
+        """The stop token and the stop string left out."""
+        return "".join(self.answer.parts[: self.parts])
+
+    @property
+    def logprobs(self) -> list[dict[int, float]] | None:
+        """Of each token: the likeliest, and the chosen one."""
+        return None if self.answer.logprobs is None else self.answer.logprobs[: self.length]
 
 
 class _Running:
@@ -50,10 +77,9 @@ class _Running:
         self.request, self.params, self.stop_ids = request, params, stop_ids
         self.prompt = list(request.tokens)
         self.seed = random.getrandbits(63) if params.seed is None else params.seed
-        self.text = TextStream(tokenizer, params.stop)
-        self.shown = 0  # characters of the text that outputs have had
+        self.text = TextStream(tokenizer, params.stop, self.prompt)
+        self.answer = Answer(logprobs=None if params.logprobs is None else [])
         self.ended = False
-        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(self.prompt)
@@ -71,17 +97,18 @@ class _Running:
             self.text.finish()
             if self.text.stopped and finish_reason == "length":
                 finish_reason = "stop"
-        shown, text = self.shown, self.text.text
-        self.shown = len(text) if finish_reason else self.text.safe
+        delta, answer = self.text.take(), self.answer
+        if delta:
+            answer.parts.append(delta)
         return RequestOutput(
             self.request.id,
             self.prompt,
-            self.request.tokens[len(self.prompt) :],
-            text[: self.shown],
-            text[shown : self.shown],
+            answer,
+            len(answer.token_ids),
+            len(answer.parts),
+            delta,
             finish_reason,
             error,
-            None if self.logprobs is None else list(self.logprobs),
             self.prompt_logprobs,
         )
 
@@ -350,8 +377,9 @@ class LLMEngine:
             if state.ended or token < 0 or state.params.max_tokens == 0:
                 continue
             state.request.tokens.append(token)
-            if told is not None and state.logprobs is not None:
-                state.logprobs.append(told)
+            state.answer.token_ids.append(token)
+            if told is not None and state.answer.logprobs is not None:
+                state.answer.logprobs.append(told)
             if token not in state.stop_ids:
                 texts.append(state.text)
                 written.append(token)
