@@ -323,6 +323,25 @@ def test_eos_is_known_without_a_generation_config(copy_of, checkpoint_folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     assert LLMEngine.from_checkpoint(folder).eos_token_ids == {257}  # the tokenizer's
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [9]}))
+    for generation in ({}, {"eos_token_id": None, "max_new_tokens": -1}):
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        assert LLMEngine.from_checkpoint(folder).eos_token_ids == {9}
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ([257], r"generation_config.json: cannot be read \(expected an object\)"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', expected token ids"),
+        ({"eos_token_id": [257, None]}, r"eos_token_id is \[257, None\], expected token ids"),
+    ],
+)
+def test_a_bad_generation_config_is_one_line(copy_of, checkpoint_folder, generation, message):
+    folder = copy_of(checkpoint_folder())
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(CheckpointError, match=message):
+        LLMEngine.from_checkpoint(folder)
 
 
 def test_the_context_is_not_left(engine):

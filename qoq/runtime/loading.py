@@ -3,18 +3,20 @@
 import atexit
 import dataclasses
 import gc
+import reprlib
 from typing import Any
 
 import torch
 
 from qoq.checkpoint import Checkpoint
 from qoq.device import device_name
-from qoq.errors import QoqError
+from qoq.errors import CheckpointError, QoqError
 from qoq.paged import PAGE
 from qoq.runtime.batch import Batches
 from qoq.runtime.executor import Executor
 from qoq.runtime.sampler import Choice, Draws, SamplingParams
 from qoq.runtime.scheduler import Chunk, Request
+from qoq.shards import read_object
 
 
 def device_of(name: str) -> torch.device:
@@ -78,12 +80,20 @@ def spare_the_collector() -> None:
 
 
 def eos_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
-    """From generation_config.json, else the config, else the tokenizer."""
-    from transformers import GenerationConfig
+    """From generation_config.json, else the config, else the tokenizer.
 
+    Raises:
+        CheckpointError: generation_config.json cannot be read, or what is there is no token id.
+    """
+    path = checkpoint.folder / "generation_config.json"
     try:
-        eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
-    except OSError:
-        eos = getattr(checkpoint.config, "eos_token_id", None)
-    eos = tokenizer.eos_token_id if eos is None else eos
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+        eos = read_object(path).get("eos_token_id") if path.is_file() else None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    for other in (checkpoint.config, tokenizer):
+        eos = getattr(other, "eos_token_id", None) if eos is None else eos
+    found = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for token in found:
+        if type(token) is not int:
+            raise CheckpointError(f"{checkpoint.folder}: eos_token_id is {reprlib.repr(eos)}, expected token ids")
+    return found
