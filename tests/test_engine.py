@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from qoq.checkpoint import Checkpoint
 from qoq.errors import CheckpointError, ModelError, QoqError
 from qoq.quant import quantize_rows
-from qoq.runtime import graphs, model, text_stream
+from qoq.runtime import graphs, loading, model, text_stream
 from qoq.runtime.engine import LLMEngine, RequestOutput
 from qoq.runtime.graphs import GraphExecutor, batch_sizes
 from qoq.runtime.linear import PackedLinear, UnpackedLinear, joined_tensors
@@ -593,6 +593,25 @@ def test_little_memory_is_a_short_model(checkpoint_folder):
     engine = LLMEngine.from_checkpoint(checkpoint_folder(), memory_bytes=2 * 18432 + 5)
     assert engine.max_model_len == 128 and engine.scheduler.pages.count == 2
     assert len(engine.generate([ids(120)], greedily(20))[0].token_ids) == 8
+
+
+@pytest.mark.parametrize("max_requests", [3, 300])
+def test_the_memory_probe_computes_the_most_logits(loaded, monkeypatch, max_requests):
+    rows = []
+    engine, logits = fresh(loaded), loaded.executor.logits
+
+    def counted(x):
+        rows.append(len(x))
+        return logits(x)
+
+    monkeypatch.setattr(loaded.executor, "logits", counted)
+    for name in ("reset_peak_memory_stats", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    for name in ("max_memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 10000))
+    assert loading.free_bytes(engine.plain, max_requests, 64, 0.5) == 5000 - 1000 - 1000
+    assert rows == [max(max_requests, loading.LOGPROB_ROWS)]
 
 
 # On a GPU

@@ -17,14 +17,13 @@ from qoq.runtime.batch import Batches, to_device
 from qoq.runtime.cache import page_bytes
 from qoq.runtime.executor import Executor
 from qoq.runtime.graphs import GraphExecutor
-from qoq.runtime.loading import check_range, device_of, eos_token_ids, free_bytes
+from qoq.runtime.loading import LOGPROB_ROWS, check_range, device_of, eos_token_ids, free_bytes
 from qoq.runtime.pages import Pages
 from qoq.runtime.sampler import Choice, Draws, SamplingParams, Wanted, wanted
 from qoq.runtime.scheduler import Chunk, Request, Scheduler
 from qoq.runtime.text_stream import TextStream, push_each
 
 CPU_CACHE_BYTES = 1 << 30  # of a cache on a CPU, unless told otherwise
-LOGPROB_ROWS = 256  # of a prompt, whose logits are computed at once
 GREEDY = SamplingParams()
 Prompt = str | Sequence[int]
 

@@ -18,6 +18,8 @@ from qoq.runtime.sampler import Choice, Draws, SamplingParams
 from qoq.runtime.scheduler import Chunk, Request
 from qoq.shards import read_object
 
+LOGPROB_ROWS = 256  # of a prompt, whose logits are computed at once
+
 
 def device_of(name: str) -> torch.device:
     """The device of this name, which becomes the current one.
@@ -41,7 +43,8 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 def free_bytes(executor: Executor, max_requests: int, max_tokens: int, utilization: float) -> int:
     """What a GPU has left for the cache beside the weights and the largest step, which is run to see what it takes.
 
-    That step is the end of several sequences of the greatest length, all of whose pages are one.
+    That step is the end of several sequences of the greatest length, all of whose pages are one. Its logits are of as
+    many rows as the requests can have, or their prompts.
     """
     device = executor.device
     executor.allocate(1)
@@ -57,9 +60,10 @@ def free_bytes(executor: Executor, max_requests: int, max_tokens: int, utilizati
     batch = dataclasses.replace(batch, slots=torch.full_like(batch.slots, -1))
     torch.cuda.reset_peak_memory_stats(device)
     hidden = executor.hidden(batch)
-    logits = executor.logits(hidden[torch.arange(max_requests, device=device) % len(hidden)])
-    draws = Draws([SamplingParams(logprobs=1)] * max_requests, [0] * max_requests, device)
-    Choice(logits, draws, torch.zeros(max_requests, dtype=torch.int64, device=device)).read()
+    rows = max(max_requests, LOGPROB_ROWS)
+    logits = executor.logits(hidden[torch.arange(rows, device=device) % len(hidden)])
+    draws = Draws([SamplingParams(logprobs=1)] * rows, [0] * rows, device)
+    Choice(logits, draws, torch.zeros(rows, dtype=torch.int64, device=device)).read()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     del hidden, logits
