@@ -14,6 +14,7 @@ from qoq.errors import CheckpointError, ModelError, QoqError
 from qoq.quant import quantize_rows
 from qoq.runtime import graphs, loading, model, text_stream
 from qoq.runtime.engine import LLMEngine, RequestOutput
+from qoq.runtime.executor import Executor
 from qoq.runtime.graphs import GraphExecutor, batch_sizes
 from qoq.runtime.linear import PackedLinear, UnpackedLinear, joined_tensors
 from qoq.runtime.pages import Pages
@@ -587,6 +588,15 @@ def test_a_refused_prompt_refuses_the_list(engine):
 def test_options_are_checked(checkpoint_folder, options, message):
     with pytest.raises((QoqError, ModelError), match=message):
         LLMEngine.from_checkpoint(checkpoint_folder(), **options)
+
+
+def test_a_model_that_does_not_fit_is_one_line(checkpoint_folder, monkeypatch):
+    def allocate(self, pages):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Executor, "allocate", allocate)
+    with pytest.raises(QoqError, match=r"llama.*: out of GPU memory \(CUDA out of memory\)$"):
+        LLMEngine.from_checkpoint(checkpoint_folder())
 
 
 def test_little_memory_is_a_short_model(checkpoint_folder):

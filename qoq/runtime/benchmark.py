@@ -83,14 +83,11 @@ def load(
     """An engine for so many requests of this length at a time; `options` are those of `LLMEngine.from_checkpoint`.
 
     Raises:
-        QoqError: the model does not take this length, or it does not fit, or see `LLMEngine.from_checkpoint`.
+        QoqError: the model does not take this length, or see `LLMEngine.from_checkpoint`.
     """
     check_length(input_len, output_len, checkpoint.config.max_position_embeddings)
     length = input_len + output_len
-    try:
-        engine = LLMEngine.from_checkpoint(checkpoint, device, max_model_len=length, max_num_seqs=batch_size, **options)
-    except torch.OutOfMemoryError as error:
-        raise QoqError(f"{checkpoint.folder}: out of GPU memory ({str(error).split('. ')[0]})") from None
+    engine = LLMEngine.from_checkpoint(checkpoint, device, max_model_len=length, max_num_seqs=batch_size, **options)
     spare_the_collector()
     return engine
 

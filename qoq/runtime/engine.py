@@ -177,7 +177,7 @@ class LLMEngine:
 
         Raises:
             CheckpointError, ModelError: the folder or its tokenizer cannot be read.
-            QoqError: an option out of range, or memory for less than one request.
+            QoqError: an option out of range, memory for less than one request, or a model that does not fit.
         """
         where = device_of(device)
         check_range("max_num_seqs", max_num_seqs, 1, MAX_BATCH)
@@ -187,25 +187,31 @@ class LLMEngine:
         tokenizer, longest = checkpoint.tokenizer(), checkpoint.config.max_position_embeddings
         wanted = longest if max_model_len is None else max_model_len
         check_range("max_model_len", wanted, 2, longest)
-        executor = Executor(checkpoint, where, wanted, max_num_seqs, kv_bits, precision)
-        if memory_bytes is None:
-            memory_bytes = CPU_CACHE_BYTES
-            if where.type == "cuda":
-                memory_bytes = free_bytes(executor, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization)
-        page = page_bytes(checkpoint.spec, executor.cache.layouts)
-        count = min(memory_bytes // page, max_num_seqs * executor.max_pages)
-        room = count * PAGE
-        if room < (max_model_len or PAGE):
-            raise QoqError(f"{memory_bytes} bytes of KV cache hold {max(room, 0)} tokens, max_model_len is {wanted}")
-        executor.allocate(count)
-        return cls(
-            GraphExecutor(executor, max_num_seqs) if where.type == "cuda" else executor,
-            Scheduler(Pages(count, PAGE), max_num_seqs, max_num_batched_tokens),
-            tokenizer,
-            eos_token_ids(checkpoint, tokenizer),
-            min(wanted, room),
-            ahead=where.type == "cuda",
-        )
+        eos = eos_token_ids(checkpoint, tokenizer)
+        try:
+            executor = Executor(checkpoint, where, wanted, max_num_seqs, kv_bits, precision)
+            if memory_bytes is None:
+                memory_bytes = CPU_CACHE_BYTES
+                if where.type == "cuda":
+                    memory_bytes = free_bytes(executor, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization)
+            page = page_bytes(checkpoint.spec, executor.cache.layouts)
+            count = min(memory_bytes // page, max_num_seqs * executor.max_pages)
+            room = count * PAGE
+            if room < (max_model_len or PAGE):
+                raise QoqError(
+                    f"{memory_bytes} bytes of KV cache hold {max(room, 0)} tokens, max_model_len is {wanted}"
+                )
+            executor.allocate(count)
+            return cls(
+                GraphExecutor(executor, max_num_seqs) if where.type == "cuda" else executor,
+                Scheduler(Pages(count, PAGE), max_num_seqs, max_num_batched_tokens),
+                tokenizer,
+                eos,
+                min(wanted, room),
+                ahead=where.type == "cuda",
+            )
+        except torch.OutOfMemoryError as error:
+            raise QoqError(f"{checkpoint.folder}: out of GPU memory ({str(error).split('. ')[0]})") from None
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams = GREEDY) -> None:
         """Let a request take part in the steps to come.
