@@ -29,7 +29,7 @@ from qoq.quant import HalfLinear, QuantizedLinear, QuantizedWeight
 MAX_ERROR = 0.05  # of a weight; rounding to 4 bits itself costs about 0.1
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
-    *("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", "qoq_recipe.yaml"),
+    *("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "qoq_recipe.yaml"),
 )
 Made = tuple[dict[str, Tensor], Loss]
 

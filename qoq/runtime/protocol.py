@@ -215,7 +215,8 @@ class Reply:
         self.chat, self.bytes, self.starts, self.top = chat, token_bytes, starts, top
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._model, self._created = model, int(time.time())
-        self._told = [0] * len(starts)  # tokens whose log-probabilities were sent, echoed ones included
+        self._told = [0] * len(starts)  # tokens of the answer whose log-probabilities were sent
+        self._echoed = [False] * len(starts)  # whether those of the prompt were
         self._offset = [0] * len(starts)  # characters of these that the text has
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in starts]
 
@@ -236,7 +237,7 @@ class Reply:
 
     def part(self, index: int, output: RequestOutput) -> dict[str, Any] | None:
         """What an output adds to a stream, if anything."""
-        if not output.delta and output.finish_reason is None and output.logprobs is None:
+        if not output.delta and output.finish_reason is None and output.answer.logprobs is None:
             return None
         return self._object([self._choice(index, output, output.delta, chunk=True)])
 
@@ -256,20 +257,20 @@ class Reply:
             choice["message"] = {"role": "assistant", "content": text}
         else:
             choice["text"] = text if chunk else self.starts[index] + text
-        logprobs = None if output.logprobs is None else self._logprobs(index, output)
+        logprobs = None if output.answer.logprobs is None else self._logprobs(index, output)
         return choice | {"logprobs": logprobs, "finish_reason": output.finish_reason}
 
     def _logprobs(self, index: int, output: RequestOutput) -> dict[str, Any]:
         """Of the tokens that were not told yet."""
-        tokens: list[int] = output.token_ids
-        told: list[dict[int, float] | None] = [*(output.logprobs or [])]
-        if output.prompt_logprobs is not None:  # echoed
+        begin, self._told[index] = self._told[index], output.length
+        tokens: list[int] = output.answer.token_ids[begin : output.length]
+        told: list[dict[int, float] | None] = [*(output.answer.logprobs or [])[begin : output.length]]
+        if output.prompt_logprobs is not None and not self._echoed[index]:
+            self._echoed[index] = True
             tokens, told = output.prompt_token_ids + tokens, output.prompt_logprobs + told
-            if self._told[index] == 0:  # the text lacks what a tokenizer puts before it
-                echoed = b"".join(self.bytes[token] for token in output.prompt_token_ids)
-                self._offset[index] = len(self.starts[index]) - len(echoed.decode(errors="replace"))
-        begin, self._told[index] = self._told[index], len(tokens)
-        tokens, told = tokens[begin:], told[begin:]
+            # the text lacks what a tokenizer puts before it
+            echoed = b"".join(self.bytes[token] for token in output.prompt_token_ids)
+            self._offset[index] = len(self.starts[index]) - len(echoed.decode(errors="replace"))
         if self.chat:
             return {"content": [self._content(token, own or {}) for token, own in zip(tokens, told, strict=True)]}
         offsets = []
