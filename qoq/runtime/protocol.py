@@ -302,7 +302,7 @@ class Reply:
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    generated = sum(len(output.token_ids) for output in outputs)
+    generated = sum(output.length for output in outputs)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 

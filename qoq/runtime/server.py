@@ -172,7 +172,7 @@ class _Server:
                 last[index] = output
                 if output.error is not None:
                     raise ApiError(500, output.error)
-                if output.logprobs is None:
+                if output.answer.logprobs is None:
                     yield _part(reply, index, output)
                 else:
                     yield await self._tokenizing(partial(_part, reply, index, output))
