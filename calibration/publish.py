@@ -14,12 +14,12 @@ from qoq import checkpoint, layout, recipe, shards
 from qoq.calibration import card, pad
 from qoq.calibration.work import Work
 from qoq.errors import CheckpointError, OutputError
+from qoq.model_card import LICENCE_FILES
 from qoq.models.architecture import LINEARS, ModelSpec
 from qoq.models.source import Source
 from qoq.quant import HalfLinear, StoredLinear
 from qoq.recipe import Recipe
 
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 CARRIED_FILES = (*LICENCE_FILES, "chat_template.jinja", "generation_config.json")
 
 

@@ -9,13 +9,12 @@ import click
 
 from qoq.cli.output import common_options, note, print_json
 
-# What a checkpoint consists of. Anything else that lies in the folder is nobody's to publish.
+# What a checkpoint consists of, beside licences. Anything else that lies in the folder is nobody's to publish.
 UPLOADED = (
     *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     *("qoq_recipe.yaml", "qoq_report.json", "qoq_conversion.json", "README.md"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
 
 
@@ -67,6 +66,7 @@ def contents(folder: Path) -> tuple[list[Path], list[Path]]:
         CheckpointError: something is wrong with it.
     """
     from qoq.errors import CheckpointError
+    from qoq.model_card import LICENCE_FILES
     from qoq.verify import problems
 
     faults = problems(folder)
@@ -76,7 +76,8 @@ def contents(folder: Path) -> tuple[list[Path], list[Path]]:
     if not (folder / "README.md").is_file():
         raise CheckpointError(f"nothing is uploaded: {folder} has no README.md, expected a model card")
     found = sorted(folder.iterdir())
-    wanted = [path for path in found if path.is_file() and any(fnmatch(path.name, pattern) for pattern in UPLOADED)]
+    patterns = (*UPLOADED, *LICENCE_FILES)
+    wanted = [path for path in found if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)]
     return wanted, [path for path in found if path not in wanted]
 
 

@@ -23,13 +23,14 @@ from qoq.formats.deepcompressor import Dump, is_dump
 from qoq.formats.gptq import AWQFolder, GPTQFolder
 from qoq.formats.origin import Origin, OwnFolder, read_config
 from qoq.formats.qserve import QServeFolder
+from qoq.model_card import LICENCE_FILES
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD
 from qoq.quant import HalfLinear, QuantizedLinear, QuantizedWeight
 
 MAX_ERROR = 0.05  # of a weight; rounding to 4 bits itself costs about 0.1
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
-    *("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "qoq_recipe.yaml"),
+    *("generation_config.json", "qoq_recipe.yaml", *LICENCE_FILES),
 )
 Made = tuple[dict[str, Tensor], Loss]
 

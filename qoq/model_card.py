@@ -11,6 +11,7 @@ import yaml
 IMPORT_FIRST = (
     "Without `import qoq` transformers only warns of an unknown quantization type and goes on with random weights."
 )
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # that go where a model goes
 TAGS = ("qoq", "qserve", "w4a8", "w4a8kv4", "4-bit", "8-bit")  # of our own layout
 
 

@@ -136,8 +136,9 @@ class _Server:
     def _chat_tokens(self, messages: Sequence[dict[str, str]], variables: Mapping[str, Any]) -> list[int]:
         if not self.tokenizer.chat_template:
             raise ApiError(400, "the model has no chat template, expected a request to /v1/completions")
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         for name in variables:  # no template of the client's own, nor a prompt that is not tokens
-            if name in inspect.signature(self.tokenizer.apply_chat_template).parameters:
+            if name in own:
                 where = f"chat_template_kwargs.{name}"
                 raise ApiError(400, f"{where} is not supported, expected a variable of the template", where)
         try:

@@ -1,4 +1,5 @@
-// What the parts of gemm_wgmma.cu agree on: sizes, shared memory, and which tiles and steps a block takes. Its defines.
+// What the parts of gemm_wgmma.cu agree on: sizes, shared memory, and which tiles and steps a block takes. Defines
+// are those of gemm_wgmma.cu.
 #pragma once
 
 #include <cuda_fp16.h>
