@@ -36,7 +36,8 @@ __device__ __forceinline__ void load_weights(const Work& work, Shared& shared) {
                                                     : shared.levels[0][group % STEP_GROUPS][level % 2]);
     const int target_step = is_strip ? sizeof(Stage) : sizeof(shared.levels[0]);
     const int source_step = is_strip ? CHUNKS * CHUNK_BYTES : STEP_GROUPS * linear.N;
-    const uint64_t policy = linear.M <= TOKENS ? evict_first() : keep_normally();  // read once, or by all token tiles
+    const bool read_once = linear.M <= TOKENS;  // or by all token tiles
+    const uint64_t policy = read_once ? evict_first() : keep_normally();
     Place at(shared);
     for (int index = work.first(); index < linear.end; index += work.stride()) {
         const int row = tile_at(index, linear).row;
@@ -48,6 +49,14 @@ __device__ __forceinline__ void load_weights(const Work& work, Shared& shared) {
         for (int step = work.begin; step < work.end; ++step, at.advance()) {
             const int chunks = min(CHUNKS, linear.K / CHUNK - step * CHUNKS);
             const int groups = GROUPED ? chunks / GROUP_CHUNKS : 0;
+            // Where the ring is full before the predecessor has ended, the next steps come as far as L2.
+            if (SPLITS == 1 && read_once && index == work.first() && step == STAGES) {
+                for (int later = step; later < min(work.end, STAGES + PREFETCHED); ++later) {
+                    if (__any_sync(0xffffffff, is_over(at.empty(), at.parity ^ 1))) break;
+                    const int bytes = min(CHUNKS, linear.K / CHUNK - later * CHUNKS) * CHUNK_BYTES;
+                    if (is_strip && lane < strips) prefetch(source + later * source_step, bytes, keep_normally());
+                }
+            }
             wait(at.empty(), at.parity ^ 1);
             if (lane == 0) arrive_expecting(at.full(), strips * (chunks * CHUNK_BYTES + groups * 2 * STRIP));
             __syncwarp();

@@ -39,6 +39,21 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
     } while (!done);
 }
 
+// Whether this phase is over.
+__device__ __forceinline__ bool is_over(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done;
+}
+
 // Count this thread in at a barrier of `threads` threads of the block (named_barrier in mma.cuh) without waiting there.
 __device__ __forceinline__ void arrive_at_barrier(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
@@ -65,6 +80,12 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, i
         " [%0], [%1], %2, [%3], %4;" ::"r"(shared),
         "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
+}
+
+// The same from device memory to L2, where nobody waits for it.
+__device__ __forceinline__ void prefetch(const void* global, int bytes, uint64_t policy) {
+    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(global), "r"(bytes), "l"(policy)
+                 : "memory");
 }
 
 // What the driver says of a matrix and of the boxes in which it is copied (cuTensorMapEncodeTiled).

@@ -68,10 +68,10 @@ struct Output {
     }
 
     // acc[4 * (HALVES * b + h) + 2 * i + e]: row 16 * h + 8 * i + g, token 8 * (turn * BLOCKS + b) + 2 * t + e.
-    __device__ __forceinline__ void store(int turn, const int32_t (&acc)[8], const uint4& residual, int lane) const {
-        uint32_t pairs[4];
+    __device__ __forceinline__ void store(int turn, const int32_t (&acc)[SUMS], const uint4& residual, int lane) const {
+        uint32_t pairs[SUMS / 2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < SUMS / 2; ++i) {
             const int block = turn * BLOCKS + i / (2 * HALVES), row = i % (2 * HALVES);
             const float2 token_scale = *reinterpret_cast<const float2*>(&sx[block * 8 + lane % 4 * 2]);
             const int2 token_sum = *reinterpret_cast<const int2*>(&sums[block * 8 + lane % 4 * 2]);
@@ -88,12 +88,12 @@ struct Output {
         }
         // Columns are tokens. Matrix after matrix: of a block of tokens its words.
         const uint32_t column = shared_address(&at(lane / 8 / WORDS % BLOCKS * 8 + lane % 8, lane / 8 % WORDS));
-        if constexpr (SWIGLU) {
-            const uint32_t products[2] = {silu_mul(pairs[0], pairs[1]), silu_mul(pairs[2], pairs[3])};
-            store_matrices_turned(column, products);
-        } else {
-            store_matrices_turned(column, pairs);
+        uint32_t matrices[SUMS / 2 / PAIRED];
+#pragma unroll
+        for (int i = 0; i < SUMS / 2 / PAIRED; ++i) {
+            matrices[i] = SWIGLU ? silu_mul(pairs[PAIRED * i], pairs[PAIRED * i + PAIRED - 1]) : pairs[i];
         }
+        store_matrices_turned(column, matrices);
         __syncwarp();
         if (within(turn)) {
             uint4 word = at(lane / WORDS, lane % WORDS);
@@ -113,9 +113,9 @@ struct Output {
 using Sums = int32_t[HALVES][TOKENS / 2];
 
 // Of one turn, as Output::store takes them.
-__device__ __forceinline__ void take(int32_t (&acc)[8], const Sums& sums, int turn) {
+__device__ __forceinline__ void take(int32_t (&acc)[SUMS], const Sums& sums, int turn) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) acc[i] = sums[i / 4 % HALVES][4 * (BLOCKS * turn + i / 4 / HALVES) + i % 4];
+    for (int i = 0; i < SUMS; ++i) acc[i] = sums[i / 4 % HALVES][4 * (BLOCKS * turn + i / 4 / HALVES) + i % 4];
 }
 
 // The turns in which a tile is written: as many as its tokens need.
@@ -130,7 +130,7 @@ __device__ __forceinline__ void store_tile(const Output& output, const Sums& sum
 #pragma unroll
     for (int turn = 0; turn < TURNS; ++turn) {
         if (turn >= turns) break;
-        int32_t acc[8];
+        int32_t acc[SUMS];
         take(acc, sums, turn);
         const uint4 residual = residuals[turn % AHEAD];
         if (turn + AHEAD < TURNS) residuals[turn % AHEAD] = output.residual(turn + AHEAD);
@@ -145,23 +145,27 @@ __device__ __forceinline__ void meet_and_store(const Output& output, const Sums&
     named_barrier(3, CONSUMERS);  // all have read the last stage
 #pragma unroll
     for (int turn = 0; turn < TURNS; ++turn) {
-        int32_t acc[8];
+        int32_t acc[SUMS];
         take(acc, sums, turn);
-        parts[2 * turn * CONSUMERS] = make_int4(acc[0], acc[1], acc[2], acc[3]);
-        parts[(2 * turn + 1) * CONSUMERS] = make_int4(acc[4], acc[5], acc[6], acc[7]);
+#pragma unroll
+        for (int i = 0; i < SUMS / 4; ++i) {
+            parts[(SUMS / 4 * turn + i) * CONSUMERS] =
+                make_int4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+        }
     }
     arrive_at_cluster();
     wait_for_cluster();
     for (int turn = rank; turn < turns; turn += SPLITS) {
         const uint4 residual = output.residual(turn);
-        const uint32_t place = shared_address(parts + 2 * turn * CONSUMERS);
-        int32_t acc[8] = {};
+        const uint32_t place = shared_address(parts + SUMS / 4 * turn * CONSUMERS);
+        int32_t acc[SUMS] = {};
 #pragma unroll AT_ONCE
         for (int other = 0; other < SPLITS; ++other) {
-            const int4 a = load_from_cluster(place, other);
-            const int4 b = load_from_cluster(place + 16 * CONSUMERS, other);
-            acc[0] += a.x, acc[1] += a.y, acc[2] += a.z, acc[3] += a.w;
-            acc[4] += b.x, acc[5] += b.y, acc[6] += b.z, acc[7] += b.w;
+#pragma unroll
+            for (int i = 0; i < SUMS / 4; ++i) {
+                const int4 a = load_from_cluster(place + 16 * i * CONSUMERS, other);
+                acc[4 * i] += a.x, acc[4 * i + 1] += a.y, acc[4 * i + 2] += a.z, acc[4 * i + 3] += a.w;
+            }
         }
         output.store(turn, acc, residual, lane);
     }

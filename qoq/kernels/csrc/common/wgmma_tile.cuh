@@ -21,14 +21,16 @@ constexpr int CHUNK_BYTES = STRIP * CHUNK / 2;
 constexpr bool GROUPED = GROUP_SIZE != -1;
 constexpr int STEP_GROUPS = GROUPED ? STEP / GROUP_SIZE : 1;
 constexpr int GROUP_CHUNKS = CHUNKS / STEP_GROUPS;
+constexpr int PREFETCHED = (192 << 10) / (STRIPS * CHUNKS * CHUNK_BYTES);  // steps: those of all blocks fill half of L2
 constexpr int BAND = 16;                // row tiles that run side by side
 
 // Of a warp: halves of a strip, rows, and what it writes at once, of which it has TURNS.
 constexpr int HALVES = TOKENS > 128 ? 1 : 2;
 constexpr int WARP_ROWS = 16 * HALVES;
-constexpr int BLOCKS = 2 / HALVES;      // of eight tokens
 constexpr int PAIRED = SWIGLU ? 2 : 1;  // weight rows that make one of `out`
 constexpr int WORDS = WARP_ROWS / PAIRED / 8;  // of 16 bytes, of each token
+constexpr int BLOCKS = TOKENS == 8 ? 1 : 4 / WORDS;  // of eight tokens: a word for each lane
+constexpr int SUMS = 4 * HALVES * BLOCKS;  // of a thread
 constexpr int TURNS = TOKENS / 8 / BLOCKS;
 constexpr int AHEAD = TURNS < 4 ? TURNS : 4;   // residuals on their way
 
