@@ -8,7 +8,7 @@ from qoq.kernels.build import Specialisation, module
 from qoq.kernels.library import expect, register
 
 LOGIT_TYPES = {torch.float32: "float", torch.float16: "__half"}
-THREADS = 512  # kThreads
+THREADS = 1024  # kThreads
 
 SPECIALISATIONS = tuple(Specialisation("sample.cu", {"LOGIT": name}) for name in LOGIT_TYPES.values())
 

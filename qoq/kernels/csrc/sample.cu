@@ -15,9 +15,9 @@
 #include "common/overlap.cuh"
 #include "common/types.cuh"
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kTokens = 4;     // consecutive tokens that a thread looks at together, and that one Philox call serves
-constexpr int kInFlight = 4;   // such groups that a thread loads at once
+constexpr int kInFlight = 3;   // such groups that a thread loads at once
 constexpr int kBins = 2048;    // of the histogram that finds the k-th largest logit
 // The largest logit has weight 1 and e < 16.7, so whatever wins has weight / e above this; and e >= 2^-33.
 constexpr float kLeastRatio = 0.0598f;
