@@ -292,7 +292,7 @@ def test_hopper_takes_its_own_kernel(n, k):
 def test_the_table_goes_first_where_it_is_legal(monkeypatch):
     card = CARDS[0]
     table = {card.name: {"4096x4096 g64": {"16": ["mma", 64, 16, 2, 3], "32": ["mma", 64, 16, 99, 1]}}}
-    monkeypatch.setattr(tiling, "_tuned", lambda: table)
+    monkeypatch.setattr(tiling, "tuned", lambda: table)
     tiling.choose.cache_clear()
     assert tiling.choose(card, 9, 4096, 4096, 64) == Config("mma", 64, 16, 2, 3)
     assert tiling.choose(card, 8, 4096, 4096, 64).tokens == 8
@@ -354,10 +354,20 @@ def test_a_last_wave_that_is_not_full_is_split():
 def test_a_tail_suits_the_tokens_also_where_the_table_has_the_tile(monkeypatch):
     """192 and 144 tiles, of one bucket: 60 and 12 in the last wave."""
     table = {CARDS[3].name: {"6144x4096 g128": {"1024": ["wgmma", 128, 256, 5, 1]}}}
-    monkeypatch.setattr(tiling, "_tuned", lambda: table)
+    monkeypatch.setattr(tiling, "tuned", lambda: table)
     tiling.choose.cache_clear()
     assert [tiling.choose(CARDS[3], m, 6144, 4096, 128).tail for m in (1024, 768)] == [2, 8]
     tiling.choose.cache_clear()
+
+
+def test_a_block_has_no_more_stages_than_steps():
+    """Of 32 steps; what it leaves of a multiprocessor is for its neighbours."""
+    found = {
+        each.splits: each.stages for each in tiling.splits(Config("wgmma", 128, 8, 11), CARDS[3], 1, 4096, 4096, 128)
+    }
+    assert found == {1: 11, 2: 11, 3: 11, 4: 8, 5: 7, 6: 6, 7: 5, 8: 4}
+    few = tiling.splits(Config("wgmma", 128, 8, 11), CARDS[3], 1, 4096, 128, 128)
+    assert [each.stages for each in few] == [KERNELS["wgmma"].fewest_stages]
 
 
 @pytest.mark.parametrize("stages", [11, 12])

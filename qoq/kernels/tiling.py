@@ -21,7 +21,7 @@ COUNTERS = 16384  # int32 words of the workspace: one counter for each split til
 PARTIALS = 4 << 20  # partial sums
 LATENCY = 1400  # clocks from asking device memory to having
 TUNING = Path(__file__).with_name("tuning.json")
-BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens for which the table has entries
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens for which the table has entries
 
 
 # Kernels
@@ -326,9 +326,12 @@ def configs(name: str, card: Card, group_size: int) -> Iterator[Config]:
 
 
 def splits(config: Config, card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:
-    """The legal ways to split the tiles of a configuration."""
+    """The legal ways to split the tiles of a configuration, with no more stages than a block has steps: what it leaves
+    of a multiprocessor's memory is room for the kernels before and after it."""
+    fewest = KERNELS[config.kernel].fewest_stages
     for count in range(1, max(1, steps(K) // STEPS_IN_SPLIT) + 1):
-        split = replace(config, splits=count)
+        stages = min(config.stages, max(-(-steps(K) // count), fewest))
+        split = replace(config, stages=stages, splits=count)
         if problem(split, card, M, N, K, group_size) is None:
             yield split
 
@@ -361,8 +364,8 @@ def choose(card: Card, M: int, N: int, K: int, group_size: int) -> Config:
     The tail is of least modelled time in any case: it depends on M, of which an entry of the table has many.
     """
     shape = M, N, K, group_size
-    tuned = _tuned().get(card.name, {}).get(entry_name(N, K, group_size), {}).get(str(bucket(M)))
-    found = [] if tuned is None else [Config(*tuned)]
+    entry = tuned().get(card.name, {}).get(entry_name(N, K, group_size), {}).get(str(bucket(M)))
+    found = [] if entry is None else [Config(*entry)]
     if not found or problem(found[0], card, *shape) is not None:
         found = list(candidates(card, *shape))
     return min(
@@ -381,6 +384,6 @@ def entry_name(N: int, K: int, group_size: int) -> str:
 
 
 @cache
-def _tuned() -> dict[str, dict[str, dict[str, list]]]:
+def tuned() -> dict[str, dict[str, dict[str, list]]]:
     """Card -> shape -> bucket -> the fields of a Config."""
     return json.loads(TUNING.read_text())
