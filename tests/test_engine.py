@@ -137,7 +137,7 @@ def test_a_graph_computes_its_batch(engine, loaded, monkeypatch):
             self.executor, self.size = executor, size
 
         def replay(self):
-            batch = self.executor._first(self.size)
+            batch = self.executor.batches[self.size]
             self.executor.out[: self.size].copy_(self.executor.executor.hidden(batch))
 
     monkeypatch.setattr(graphs, "workspace", lambda device: None)
@@ -145,8 +145,9 @@ def test_a_graph_computes_its_batch(engine, loaded, monkeypatch):
     monkeypatch.setattr(GraphExecutor, "_capture", lambda self, size, pool: Replayed(self, size))
     prompts, params = [ids(5 + 30 * i, i) for i in range(6)], [greedily(3 + i) for i in range(6)]
     expected = tokens_of(engine.generate(prompts, params))
-    again = fresh(loaded, max_num_batched_tokens=100)
-    again.executor = GraphExecutor(loaded.executor, 8)
+    scheduler = fresh(loaded, max_num_batched_tokens=100).scheduler
+    replaying = GraphExecutor(loaded.executor, 8)
+    again = LLMEngine(replaying, scheduler, loaded.tokenizer, loaded.eos_token_ids, loaded.max_model_len)
     assert tokens_of(again.generate(prompts, params)) == expected
 
 

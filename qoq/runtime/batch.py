@@ -1,5 +1,6 @@
 """What one step computes, as tensors: the tokens of all its sequences, one behind the other."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,14 +29,19 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of a step: one of each sequence in decode, then the chunks of those in prefill."""
+    """The tokens of a step: one of each sequence in decode, then the chunks of those in prefill.
+
+    A step of decodes alone may have rows beyond its sequences (`Batches`), which stand for nobody: they keep no K and
+    V, and see no tokens.
+    """
 
     ids: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64
     slots: Tensor  # (T,) int64
     block_tables: Tensor  # (S, max_pages) int32
     context_lens: Tensor  # (S,) int32: tokens that a sequence's last token sees, itself included
-    sampled: Tensor  # (R,) int64: the tokens whose successors are wanted, as indices
+    staged: Tensor  # (bytes,) uint8, of which those above are views
+    sampled: Tensor | slice  # the R tokens whose successors are wanted: (R,) int64 indices, or the first R
     sampled_positions: Tensor  # (R,) int64: of these successors
     decodes: int
     prefills: tuple[Prefill, ...]
@@ -47,10 +53,11 @@ class Batches:
     Args:
         max_requests: sequences of one step.
         max_pages: of a sequence.
+        sizes: rows that a step of decodes alone may have, rising up to max_requests; empty: as many as it needs.
     """
 
-    def __init__(self, max_requests: int, max_pages: int, device: torch.device):
-        self.device = device
+    def __init__(self, max_requests: int, max_pages: int, device: torch.device, sizes: Sequence[int] = ()):
+        self.device, self.sizes = device, sizes
         self.tables = np.zeros((max_requests, max_pages), dtype=np.int32)
         self.rows: list[tuple[list[int], int]] = [([], 0)] * max_requests  # the list in each row and its length then
         self.gathered = max(max_pages * PAGE, GATHERED_TOKENS)
@@ -66,8 +73,9 @@ class Batches:
         counts = np.array([chunk.count for chunk in chunks], dtype=np.int64)
         begins = np.array([chunk.start for chunk in chunks], dtype=np.int64)
         contexts, ends = begins + counts, counts.cumsum()
+        total = int(counts.sum())
         row = np.repeat(np.arange(len(chunks)), counts)  # of each token
-        positions = np.arange(ends[-1]) - (ends - counts - begins)[row]
+        positions = np.arange(total) - (ends - counts - begins)[row]
         ids: list[int] = []
         unread: list[tuple[int, int]] = []
         for number, chunk in enumerate(chunks):
@@ -84,21 +92,27 @@ class Batches:
             else:
                 ids += request.tokens[start : start + count]
         slots = self.tables[row, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
-        samples = np.array([chunk.samples for chunk in chunks])
+        samples = np.array([chunk.samples for chunk in chunks], dtype=bool)
         groups = self._groups(contexts[decodes:].tolist(), decodes)
         starts = [_starts(values[group]) for group in groups for values in (counts, contexts)]
-        staged = to_device(
+        beyond = self._beyond(len(chunks)) if decodes == len(chunks) else 0
+        rows = np.zeros((3, total + beyond), dtype=np.int64)
+        rows[:, :total] = ids, positions, slots
+        rows[2, total:] = -1
+        seen = np.zeros(len(chunks) + beyond, dtype=np.int32)
+        seen[: len(chunks)] = contexts
+        staged, views = stage(
             [
-                np.stack((np.array(ids, dtype=np.int64), positions, slots)),
+                rows,
+                self.tables[: len(seen)],
+                seen,
                 np.array(unread, dtype=np.int64).reshape(-1, 2).T,
                 np.stack(((ends - 1)[samples], contexts[samples])),
-                self.tables[: len(chunks)],
-                contexts.astype(np.int32),
                 *starts,
             ],
             self.device,
         )
-        own, links, wanted, tables, context_lens, *starts_there = staged
+        own, tables, context_lens, links, wanted, *starts_there = views
         if unread:
             assert tokens is not None
             own[0].index_copy_(0, links[0], tokens.index_select(0, links[1]).clamp_min(0))  # -1: none could be chosen
@@ -120,11 +134,16 @@ class Batches:
             slots=own[2],
             block_tables=tables,
             context_lens=context_lens,
-            sampled=wanted[0],
+            staged=staged,
+            sampled=slice(total) if len(chunks) == total and samples.all() else wanted[0],
             sampled_positions=wanted[1],
-            decodes=decodes,
+            decodes=decodes + beyond,
             prefills=tuple(prefills),
         )
+
+    def _beyond(self, decodes: int) -> int:
+        """Rows that such a step has beyond its sequences."""
+        return self.sizes[bisect_left(self.sizes, decodes)] - decodes if self.sizes else 0
 
     def _write(self, row: int, pages: list[int]) -> None:
         """A request's list of pages only grows while it is the same list."""
@@ -148,17 +167,22 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate(([0], lengths.cumsum())).astype(np.int32)
 
 
-def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays as tensors on a device: in one copy, for which the host does not wait."""
+def stage(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Arrays as tensors on a device, and the bytes they are views of: in one copy, for which the host does not wait."""
     arrays = [np.ascontiguousarray(array) for array in arrays]
-    if device.type == "cpu":
-        return [torch.from_numpy(array.copy()) for array in arrays]
     ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]).tolist()
     places = [slice(begin, begin + array.nbytes) for begin, array in zip([0, *ends], arrays, strict=False)]
-    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)  # kept by torch until it is copied
+    pinned = device.type == "cuda"  # torch keeps such memory until it is copied
+    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned)
     view = host.numpy()
     for place, array in zip(places, arrays, strict=True):
         view[place] = array.reshape(-1).view(np.uint8)
     there = host.to(device, non_blocking=True)
     dtypes = [torch.from_numpy(array[:0]).dtype for array in arrays]
-    return [there[p].view(dtype).view(array.shape) for p, dtype, array in zip(places, dtypes, arrays, strict=True)]
+    views = [there[p].view(dtype).view(array.shape) for p, dtype, array in zip(places, dtypes, arrays, strict=True)]
+    return there, views
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The tensors of `stage`."""
+    return stage(arrays, device)[1]

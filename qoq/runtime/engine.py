@@ -144,7 +144,7 @@ class LLMEngine:
         self.plain = plain = executor.executor if isinstance(executor, GraphExecutor) else executor  # without graphs
         self.device, self.vocab_size = plain.device, plain.spec.vocab_size
         self.ahead = ahead
-        self._batches = Batches(scheduler.max_requests, plain.max_pages, plain.device)
+        self._batches = Batches(scheduler.max_requests, plain.max_pages, plain.device, executor.sizes)
         self._flight: _Flight | None = None
         self._draws: tuple[list[_Running], Draws] = [], Draws([], [], plain.device)  # for whom they are, and they
         self._running: dict[str, _Running] = {}
@@ -319,7 +319,7 @@ class LLMEngine:
         try:
             for start in range(0, len(token_ids), size):
                 chunk = Chunk(request, start, min(size, len(token_ids) - start), False)
-                hidden = self.executor.hidden(self._batches.of([chunk]))
+                hidden = self.executor.hidden(self._batches.of([chunk]))[: chunk.count]
                 parts += [self.executor.logits(rows) for rows in hidden.split(LOGPROB_ROWS)]
         finally:
             pages.release(request.pages)

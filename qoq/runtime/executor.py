@@ -4,6 +4,7 @@ Attention always sees the quantized cache: a token's K and V are stored before i
 prefill in chunks, decode and the reuse of another request's pages compute one function.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,8 @@ class Executor:
     Raises:
         QoqError: no such precision.
     """
+
+    sizes: Sequence[int] = ()  # of steps of decodes alone (`Batches`)
 
     def __init__(
         self,

@@ -1,13 +1,12 @@
 """Decode steps as CUDA graphs: one launch instead of hundreds."""
 
-from bisect import bisect_left
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qoq.kernels.gemm import workspace
-from qoq.runtime.batch import Batch
+from qoq.runtime.batch import Batch, Batches
 from qoq.runtime.executor import Executor
 
 
@@ -18,10 +17,10 @@ def batch_sizes(most: int) -> list[int]:
 
 
 class GraphExecutor:
-    """An `Executor` on a GPU, with its interface; steps without prefill replay a graph.
+    """An `Executor` on a GPU, with its interface; steps of decodes alone replay a graph.
 
-    A graph reads its batch from fixed places, and rows beyond the batch stand for nobody: they keep no K and V, and see
-    no tokens. All graphs share one pool of memory. To be made once the cache has its pages, whose addresses stay.
+    The graph of a size takes batches of so many rows (`Batches`), which it reads from fixed places. All graphs share
+    one pool of memory. To be made once the cache has its pages, whose addresses stay.
     """
 
     def __init__(self, executor: Executor, max_requests: int):
@@ -29,17 +28,7 @@ class GraphExecutor:
         self.logits = executor.logits
         self.sizes = batch_sizes(max_requests)
         device, hidden = executor.device, executor.spec.hidden_size
-        self.batch = Batch(
-            ids=torch.zeros(max_requests, dtype=torch.int64, device=device),
-            positions=torch.zeros(max_requests, dtype=torch.int64, device=device),
-            slots=torch.full((max_requests,), -1, dtype=torch.int64, device=device),
-            block_tables=torch.zeros(max_requests, executor.max_pages, dtype=torch.int32, device=device),
-            context_lens=torch.zeros(max_requests, dtype=torch.int32, device=device),
-            sampled=torch.arange(max_requests, device=device),
-            sampled_positions=torch.zeros(max_requests, dtype=torch.int64, device=device),
-            decodes=max_requests,
-            prefills=(),
-        )
+        self.batches = {size: Batches(size, executor.max_pages, device, [size]).of([]) for size in self.sizes}
         self.out = torch.zeros(max_requests, hidden, dtype=torch.float16, device=device)
         workspace(device)
         pool = torch.cuda.graph_pool_handle()
@@ -49,37 +38,17 @@ class GraphExecutor:
 
     def hidden(self, batch: Batch) -> Tensor:
         """As `Executor.hidden`; the result is overwritten by the next step."""
-        count = len(batch.ids)
-        if batch.prefills or count > self.sizes[-1]:
+        if batch.prefills:
             return self.executor.hidden(batch)
-        size, own = self.sizes[bisect_left(self.sizes, count)], self.batch
-        own.ids[:count].copy_(batch.ids)
-        own.positions[:count].copy_(batch.positions)
-        own.slots[:count].copy_(batch.slots)
-        own.slots[count:size].fill_(-1)
-        own.block_tables[:count].copy_(batch.block_tables)
-        own.context_lens[:count].copy_(batch.context_lens)
-        own.context_lens[count:size].zero_()
+        size = len(batch.ids)
+        own = self.batches[size].staged
+        own.copy_(batch.staged[: len(own)])  # what lies behind is not read by layers
         self.graphs[size].replay()
-        return self.out[:count]
-
-    def _first(self, size: int) -> Batch:
-        own = self.batch
-        return Batch(
-            own.ids[:size],
-            own.positions[:size],
-            own.slots[:size],
-            own.block_tables[:size],
-            own.context_lens[:size],
-            own.sampled[:size],
-            own.sampled_positions[:size],
-            size,
-            (),
-        )
+        return self.out[:size]
 
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> torch.cuda.CUDAGraph:
-        batch = self._first(size)
+        batch = self.batches[size]
         self.executor.logits(self.executor.hidden(batch))  # compiles and loads what they need, which a capture must not
         torch.cuda.synchronize(self.executor.device)
         graph = torch.cuda.CUDAGraph()
