@@ -1,5 +1,6 @@
 """Quality of a model: perplexity, and lm-eval tasks."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -128,10 +129,12 @@ class OriginalModel:
 
     @torch.inference_mode()
     def stream(self, token_ids: Sequence[int], max_tokens: int) -> Iterator[int]:
+        parameters = inspect.signature(self.model.forward).parameters
+        name = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
         past, ids = None, torch.tensor([token_ids], device=self.device)
         for _ in range(max_tokens):
-            out = self.model(ids, past_key_values=past, use_cache=True)
-            past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = self.model(ids, **{name: past}, use_cache=True)
+            past, ids = out[name], out.logits[:, -1:].argmax(-1)
             yield int(ids)
 
 

@@ -140,7 +140,9 @@ def _smaller(checkpoint: Checkpoint, size: float, limit: float) -> Change | str:
     """Another layout of the weights: its size is known, its quality is not."""
     group, half = checkpoint.group_size, checkpoint.half_precision
     quantized: dict[str, Any] = {"modules_to_not_convert": []} if half else {}
-    channel = {"group_size": -1} if group != -1 else {}
+    channel: dict[str, Any] = {"group_size": -1} if group != -1 else {}
+    if channel and _has_whole_zeros(checkpoint):
+        channel["weights.whole_zeros"] = False  # of groups alone
     choices = (
         (quantized, "with no linear in 16 bits", group, frozenset[str]()),
         (channel, "with per-channel weights", -1, half),
@@ -152,6 +154,14 @@ def _smaller(checkpoint: Checkpoint, size: float, limit: float) -> Change | str:
             why = f"{what} it has {found} bytes instead of {size:.0f}; quality is to be measured"
             return Change(recipe, why, {"size_bytes": found})
     return "no layout of these weights is that small: the embeddings stay in 16 bits"
+
+
+def _has_whole_zeros(checkpoint: Checkpoint) -> bool:
+    """Whether its recipe asked for them, as far as its report says."""
+    try:
+        return bool(checkpoint.report()["recipe"]["weights"]["whole_zeros"])
+    except (CheckpointError, LookupError, TypeError):
+        return False
 
 
 def _exceptions(checkpoint: Checkpoint, budget: Budget, measured: Mapping[str, float]) -> Change | str:

@@ -1,5 +1,6 @@
 """Perplexity on models whose perplexity is known, windows, and lm-eval through the runtime."""
 
+import inspect
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import TESTS, make_tokenizer
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from qoq import evaluate
 from qoq.checkpoint import Checkpoint
@@ -114,6 +116,29 @@ def test_the_original_model_streams_greedily(llama):
     for token in tokens:
         assert int(model.logits(torch.tensor([ids]))[0, -1].argmax()) == token
         ids.append(token)
+
+
+class OlderNames(torch.nn.Module):
+    """A model as code from the hub and transformers before 5.24 have it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.given = model, []
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None):
+        self.given.append(past_key_values)
+        out = self.model(input_ids, cache=past_key_values, use_cache=use_cache)
+        return ModelOutput(logits=out.logits, past_key_values=out.cache)
+
+
+def test_the_cache_may_have_its_older_name(llama):
+    model = evaluate.OriginalModel(open_source(str(llama)))
+    if "cache" not in inspect.signature(model.model.forward).parameters:
+        pytest.skip("transformers before 5.24: it has no other name")
+    expected = list(model.stream([256, 10], 4))
+    model.model = OlderNames(model.model)
+    assert list(model.stream([256, 10], 4)) == expected
+    assert model.model.given[0] is None and None not in model.model.given[1:]
 
 
 def test_an_incomplete_original_model_is_refused(copy_of, llama):

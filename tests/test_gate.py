@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -191,6 +192,20 @@ def test_a_smaller_layout(made):
     assert isinstance(found, Change) and found.recipe == {"group_size": -1}
     assert found.estimate == {"size_bytes": channel}
     assert "no layout" in change_for(made, {"size_bytes": float(size)}, size_bytes=channel - 1)
+
+
+def test_a_smaller_layout_is_one_that_a_recipe_may_have(made, monkeypatch):
+    size, channel = sum(entry.bytes for entry in made.entries.values()), size_in_bytes(made.spec, -1, made.kv_cache)
+    report = made.report()
+    report["recipe"]["weights"]["whole_zeros"] = True
+    monkeypatch.setattr(made, "report", lambda: report)
+    found = change_for(made, {"size_bytes": float(size)}, size_bytes=channel)
+    assert isinstance(found, Change) and found.recipe == {"group_size": -1, "weights.whole_zeros": False}
+    reports: list[dict[str, Any]] = [{}, {"recipe": None}, {"recipe": {"weights": []}}]
+    for broken in reports:
+        monkeypatch.setattr(made, "report", partial(dict, broken))
+        found = change_for(made, {"size_bytes": float(size)}, size_bytes=channel)
+        assert isinstance(found, Change) and found.recipe == {"group_size": -1}
 
 
 def test_a_smaller_layout_beside_linears_in_16_bits_has_the_bytes_of_its_recipe(made, monkeypatch):

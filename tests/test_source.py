@@ -87,7 +87,8 @@ def test_an_unreachable_hub_id_is_one_line():
 @pytest.mark.parametrize("trusted", [False, True])
 def test_what_is_fetched_from_the_hub(monkeypatch, llama, trusted):
     """Whatever opens the model, its code only if trusted, and the weights once."""
-    there = ["config.json", "model.safetensors", "merges.txt", "vocab.json", "vocab.txt", "configuration_own.py"]
+    there = ["config.json", "model.safetensors", "merges.txt", "vocab.json", "vocab.txt", "LICENCE.txt"]
+    there += ["configuration_own.py"]
     there += ["pytorch_model.bin", "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"]
     there += ["original/params.json", "original/consolidated.00.pth"]
     fetched: list[str] = []
@@ -98,7 +99,7 @@ def test_what_is_fetched_from_the_hub(monkeypatch, llama, trusted):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     open_source("nobody/nothing", trust_remote_code=trusted)
-    assert fetched == there[: 6 if trusted else 5]
+    assert fetched == there[: 7 if trusted else 6]
 
 
 @pytest.mark.parametrize("content", [b"not a gguf file at all", b"GGUF", b"GGUF\x03\0\0\0" + bytes(range(40))])

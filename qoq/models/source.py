@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qoq.errors import CheckpointError, ModelError, QuantizationError, first_line
+from qoq.model_card import LICENCE_FILES
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec, model_spec
 from qoq.models.config import load_config
 from qoq.models.gguf_header import check_header
@@ -251,9 +252,7 @@ def _download(hub_id: str, trust_remote_code: bool) -> Path:
         "vocab.txt",
         "merges.txt",
         "README.md",
-        "LICENSE*",
-        "NOTICE*",
-        "USE_POLICY*",
+        *LICENCE_FILES,
     ]
     if trust_remote_code:
         patterns.append("*.py")
