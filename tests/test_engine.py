@@ -47,10 +47,37 @@ def fresh(loaded, pages=40, max_num_seqs=8, max_num_batched_tokens=512, ahead=Fa
     return LLMEngine(loaded.executor, scheduler, loaded.tokenizer, loaded.eos_token_ids, loaded.max_model_len, ahead)
 
 
-@pytest.fixture(params=[False, True], ids=["", "ahead"])
-def engine(loaded, request):
-    """As on a CPU, and one step ahead, as on a GPU."""
-    return fresh(loaded, ahead=request.param)
+class Replayed:
+    """A graph that is replayed by computing what it captured."""
+
+    def __init__(self, executor, size):
+        self.executor, self.size = executor, size
+
+    def replay(self):
+        batch = self.executor.batches[self.size]
+        self.executor.out[: self.size].copy_(self.executor.executor.hidden(batch))
+
+
+@pytest.fixture
+def with_graphs(monkeypatch):
+    """An engine's like, whose steps of decodes alone are graphs."""
+    monkeypatch.setattr(graphs, "workspace", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(GraphExecutor, "_capture", lambda self, size, pool: Replayed(self, size))
+
+    def made(engine):
+        executor = GraphExecutor(engine.executor, engine.scheduler.max_requests)
+        rest = engine.scheduler, engine.tokenizer, engine.eos_token_ids, engine.max_model_len, engine.ahead
+        return LLMEngine(executor, *rest)
+
+    return made
+
+
+@pytest.fixture(params=["", "ahead", "graphs"])
+def engine(loaded, request, with_graphs):
+    """As on a CPU, one step ahead, and as on a GPU: that and graphs."""
+    made = fresh(loaded, ahead=request.param != "")
+    return with_graphs(made) if request.param == "graphs" else made
 
 
 def choose(logits, draws):
@@ -129,25 +156,11 @@ def test_both_kinds_of_linears_are_the_checkpoints(checkpoint_folder, family, gr
             kind.of(tensors, "model.layers.1.x")
 
 
-def test_a_graph_computes_its_batch(engine, loaded, monkeypatch):
-    """Graphs replayed by computing what they captured: batches between two sizes, prefills beside decodes."""
-
-    class Replayed:
-        def __init__(self, executor, size):
-            self.executor, self.size = executor, size
-
-        def replay(self):
-            batch = self.executor.batches[self.size]
-            self.executor.out[: self.size].copy_(self.executor.executor.hidden(batch))
-
-    monkeypatch.setattr(graphs, "workspace", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(GraphExecutor, "_capture", lambda self, size, pool: Replayed(self, size))
+def test_a_graph_computes_its_batch(engine, loaded, with_graphs):
+    """Batches between two sizes, prefills beside decodes."""
     prompts, params = [ids(5 + 30 * i, i) for i in range(6)], [greedily(3 + i) for i in range(6)]
     expected = tokens_of(engine.generate(prompts, params))
-    scheduler = fresh(loaded, max_num_batched_tokens=100).scheduler
-    replaying = GraphExecutor(loaded.executor, 8)
-    again = LLMEngine(replaying, scheduler, loaded.tokenizer, loaded.eos_token_ids, loaded.max_model_len)
+    again = with_graphs(fresh(loaded, max_num_batched_tokens=100))
     assert tokens_of(again.generate(prompts, params)) == expected
 
 
