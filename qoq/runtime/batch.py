@@ -97,8 +97,8 @@ class Batches:
         starts = [_starts(values[group]) for group in groups for values in (counts, contexts)]
         beyond = self._beyond(len(chunks)) if decodes == len(chunks) else 0
         rows = np.zeros((3, total + beyond), dtype=np.int64)
-        rows[:, :total] = ids, positions, slots
-        rows[2, total:] = -1
+        rows[2] = -1
+        rows[0, :total], rows[1, :total], rows[2, :total] = ids, positions, slots
         seen = np.zeros(len(chunks) + beyond, dtype=np.int32)
         seen[: len(chunks)] = contexts
         staged, views = stage(
