@@ -2,11 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from qoq.runtime.batch import Batches, stage
+from qoq.runtime.batch import STAGED, Batches, stage
 from qoq.runtime.scheduler import Chunk, Request
 
 CPU = torch.device("cpu")
-FIXED = ("ids", "positions", "slots", "block_tables", "context_lens")  # what a graph reads
 
 
 def decode(number, length):
@@ -26,7 +25,7 @@ def test_rows_beyond_the_sequences_stand_for_nobody(count, rows):
     chunks = [decode(number, 60 + 3 * number) for number in range(count)]
     plain, padded = Batches(6, 4, CPU).of(chunks), Batches(6, 4, CPU, [1, 2, 4, 6]).of(chunks)
     assert padded.decodes == len(padded.ids) == rows and padded.prefills == ()
-    for name in FIXED:
+    for name in STAGED:
         own, expected = getattr(padded, name), getattr(plain, name)
         assert own.shape == (rows, *expected.shape[1:]) and torch.equal(own[:count], expected)
     assert (padded.slots[count:] == -1).all() and not padded.context_lens[count:].any()
@@ -39,19 +38,23 @@ def test_only_steps_of_decodes_alone_have_them():
     assert len(batch.ids) == 31 and batch.decodes == 1 and batch.context_lens.tolist() == [70, 30]
 
 
-def test_the_bytes_of_a_batch_make_another_of_its_size():
-    """As a graph takes them over, whatever was there before."""
-    batches = Batches(4, 4, CPU, [4])
-    mine = Batches(4, 4, CPU, [4]).of([])
-    assert len(mine.ids) == 4 and (mine.slots == -1).all() and not mine.context_lens.any()
+def test_batches_of_all_sizes_enter_one_memory():
+    """As graphs take them over, whatever was there before."""
+    sizes = [1, 2, 4]
+    batches = Batches(4, 4, CPU, sizes)
+    memory = torch.full((1000,), 255, dtype=torch.uint8)
     tokens = torch.tensor([40, 50])
-    for chunks in ([decode(1, 70), decode(2, 200), decode(3, 2)], [decode(4, 130)]):
+    for chunks in ([decode(1, 70), decode(2, 200), decode(3, 2)], [decode(4, 130)], [decode(5, 9), decode(1, 66)]):
         unread = chunks[0].request
         unread.tokens.pop()
         batch = batches.of(chunks, {unread: 1}, tokens)
         assert batch.ids[0] == 50
-        mine.staged.copy_(batch.staged[: len(mine.staged)])
-        assert all(torch.equal(getattr(mine, name), getattr(batch, name)) for name in FIXED)
+        own = Batches(4, 4, CPU, [len(batch.ids)]).of([]).enter(memory)
+        assert len(own.ids) == len(batch.ids) and (own.slots == -1).all() and not own.context_lens.any()
+        own.staged.copy_(batch.staged[: len(own.staged)])
+        for name in STAGED:
+            assert torch.equal(getattr(own, name), getattr(batch, name))
+            assert memory.data_ptr() <= getattr(own, name).data_ptr() < memory.data_ptr() + len(memory)
 
 
 def test_sampled_tokens_are_all_or_some():

@@ -2,7 +2,8 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from qoq.runtime.scheduler import Chunk, Request
 
 GATHERED_TOKENS = 16384  # whose keys and values prefill attention unpacks at once, at least
 ALIGNMENT = 16  # bytes
+STAGED = ("ids", "positions", "slots", "block_tables", "context_lens")  # what layers read of a batch of decodes
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ class Batch:
     sampled_positions: Tensor  # (R,) int64: of these successors
     decodes: int
     prefills: tuple[Prefill, ...]
+
+    def enter(self, memory: Tensor) -> "Batch":
+        """Copy what is staged to the beginning of `memory`, uint8 on the device; the batch that is there now."""
+        memory = memory[: len(self.staged)]
+        memory.copy_(self.staged)
+
+        def there(x: Tensor) -> Tensor:
+            first = x.storage_offset() * x.element_size()
+            return memory[first : first + x.nbytes].view(x.dtype).view(x.shape)
+
+        fields: dict[str, Any] = {name: there(getattr(self, name)) for name in STAGED}
+        return replace(self, staged=memory, **fields)
 
 
 class Batches:

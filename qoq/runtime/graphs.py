@@ -19,8 +19,8 @@ def batch_sizes(most: int) -> list[int]:
 class GraphExecutor:
     """An `Executor` on a GPU, with its interface; steps of decodes alone replay a graph.
 
-    The graph of a size takes batches of so many rows (`Batches`), which it reads from fixed places. All graphs share
-    one pool of memory. To be made once the cache has its pages, whose addresses stay.
+    The graph of a size takes batches of so many rows (`Batches`), which it reads from one place. All graphs share one
+    pool of memory. To be made once the cache has its pages, whose addresses stay.
     """
 
     def __init__(self, executor: Executor, max_requests: int):
@@ -28,12 +28,14 @@ class GraphExecutor:
         self.logits = executor.logits
         self.sizes = batch_sizes(max_requests)
         device, hidden = executor.device, executor.spec.hidden_size
-        self.batches = {size: Batches(size, executor.max_pages, device, [size]).of([]) for size in self.sizes}
+        memory = self._nobody(max_requests).staged
+        self.batches: dict[int, Batch] = {}
         self.out = torch.zeros(max_requests, hidden, dtype=torch.float16, device=device)
         workspace(device)
         pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         for size in reversed(self.sizes):  # the largest first: the others fit into its memory
+            self.batches[size] = self._nobody(size).enter(memory)
             self.graphs[size] = self._capture(size, pool)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -45,6 +47,9 @@ class GraphExecutor:
         own.copy_(batch.staged[: len(own)])  # what lies behind is not read by layers
         self.graphs[size].replay()
         return self.out[:size]
+
+    def _nobody(self, size: int) -> Batch:
+        return Batches(size, self.executor.max_pages, self.executor.device, [size]).of([])
 
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> torch.cuda.CUDAGraph:
