@@ -158,6 +158,9 @@ def write(path: Path, table: dict[str, dict[str, dict[str, list]]]) -> None:
 def main(models: Sequence[str], group_size: str, tokens: Sequence[str], output: Path) -> None:
     torch.manual_seed(0)
     chosen = [int(m) for m in tokens] or BUCKETS
+    table = tiling.tuned()  # by which tiles are chosen while steps are measured
+    table.clear()
+    table |= json.loads(output.read_text()) if output.is_file() else {}
     try:
         machine = Machine.here()
         for model in models:
@@ -165,7 +168,7 @@ def main(models: Sequence[str], group_size: str, tokens: Sequence[str], output: 
             compile_all([one for m in chosen for one in tuner.specialisations(m)], machine.card.architecture)
             for m in chosen:
                 tuner.tune(m)
-                write(output, tiling.tuned())
+                write(output, table)
     except QoqError as error:
         raise click.ClickException(str(error)) from None
 
