@@ -216,13 +216,14 @@ def one_line_out_of_memory() -> Iterator[None]:
     """Say that the GPU is full as an error of the user's: other programs may be on it."""
     import torch
 
-    from qoq.errors import QuantizationError
+    from qoq.errors import QuantizationError, first_sentence
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        first = str(error).partition(".")[0]
-        raise QuantizationError(f"out of GPU memory ({first}); finished layers are kept, see --gpu-memory") from None
+        raise QuantizationError(
+            f"out of GPU memory ({first_sentence(error)}); finished layers are kept, see --gpu-memory"
+        ) from None
 
 
 def give_freed_memory_back() -> None:

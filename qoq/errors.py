@@ -29,6 +29,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def first_sentence(error: Exception) -> str:
+    """As torch says that memory is out, without the figures."""
+    return str(error).split(". ")[0]
+
+
 class QoqError(Exception):
     """Base of all errors that are the input's fault, not the program's. Names in a message may be anyone's."""
 

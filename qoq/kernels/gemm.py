@@ -29,7 +29,16 @@ WGMMA_CODE = (
     r"STSM\.16\.MT88",
     r"ACQBULK",  # griddepcontrol.wait
 )
-PREFETCH = r"UBLKPF\.L2"  # of weights, where a block has a tile for itself
+PREFETCH_CODE = r"UBLKPF\.L2"  # of weights, where a block has a tile for itself
+SWIGLU_CODE = r"MUFU\.EX2", r"MUFU\.RCP"
+
+
+def _wgmma_specialisation(tile: tuple[int, int], group_size: int, splits: int, swiglu: bool = False) -> Specialisation:
+    kernel, config = KERNELS["wgmma"], Config("wgmma", *tile, 5, splits)
+    expected = WGMMA_CODE + (PREFETCH_CODE,) * (splits == 1) + SWIGLU_CODE * swiglu
+    return Specialisation(kernel.source, kernel.defines(config, group_size, swiglu), ("sm_90a",), expected)
+
+
 SPECIALISATIONS = (
     *(
         Specialisation("gemm_mma.cu", KERNELS["mma"].defines(Config("mma", *tile, 3), group_size), expected=MMA_CODE)
@@ -37,23 +46,13 @@ SPECIALISATIONS = (
         for group_size in ((128, 64, -1) if tile in ((32, 16), (64, 64), (128, 128), (256, 128)) else (128,))
     ),
     *(
-        Specialisation(
-            "gemm_wgmma.cu",
-            KERNELS["wgmma"].defines(Config("wgmma", *tile, 5, splits), group_size),
-            architectures=("sm_90a",),
-            expected=(*WGMMA_CODE, PREFETCH) if splits == 1 else WGMMA_CODE,
-        )
+        _wgmma_specialisation(tile, group_size, splits)
         for tile in KERNELS["wgmma"].shapes
         for group_size in (128, 64, -1)
         for splits in ((1, 2, 5, 8) if tile in ((128, 8), (128, 64), (256, 128), (128, 256)) else (1,))
     ),
     *(
-        Specialisation(
-            "gemm_wgmma.cu",
-            KERNELS["wgmma"].defines(Config("wgmma", *tile, 5, splits), group_size, swiglu=True),
-            architectures=("sm_90a",),
-            expected=(*WGMMA_CODE, r"MUFU\.EX2", r"MUFU\.RCP"),
-        )
+        _wgmma_specialisation(tile, group_size, splits, swiglu=True)
         for tile in KERNELS["wgmma"].shapes
         for group_size, splits in (
             ((128, 1), (128, 2), (64, 5), (-1, 8)) if tile in ((128, 8), (256, 128), (128, 256)) else ((128, 1),)

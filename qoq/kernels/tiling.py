@@ -313,6 +313,11 @@ def steps(K: int) -> int:
     return -(-K // STEP)
 
 
+def most_splits(K: int) -> int:
+    """Of a tile, which leave a block enough steps."""
+    return max(1, steps(K) // STEPS_IN_SPLIT)
+
+
 def configs(name: str, card: Card, group_size: int) -> Iterator[Config]:
     """The tiles of a kernel worth trying on a card, unsplit, each with as many stages as let one block, or two when
     they are split, run at once."""
@@ -329,7 +334,7 @@ def splits(config: Config, card: Card, M: int, N: int, K: int, group_size: int) 
     """The legal ways to split the tiles of a configuration, with no more stages than a block has steps: what it leaves
     of a multiprocessor's memory is room for the kernels before and after it."""
     fewest = KERNELS[config.kernel].fewest_stages
-    for count in range(1, max(1, steps(K) // STEPS_IN_SPLIT) + 1):
+    for count in range(1, most_splits(K) + 1):
         stages = min(config.stages, max(-(-steps(K) // count), fewest))
         split = replace(config, stages=stages, splits=count)
         if problem(split, card, M, N, K, group_size) is None:
@@ -341,7 +346,7 @@ def tails(config: Config, card: Card, M: int, N: int, K: int, group_size: int) -
     time."""
     yield config
     if config.splits == 1 and config.tokens >= TAIL_TOKENS:
-        for count in range(2, max(1, steps(K) // STEPS_IN_SPLIT) + 1):
+        for count in range(2, most_splits(K) + 1):
             tail = replace(config, tail=count)
             legal = problem(tail, card, M, N, K, group_size) is None
             if legal and len(parts(tail, card, group_size, M, N)) == 2:
@@ -350,8 +355,12 @@ def tails(config: Config, card: Card, M: int, N: int, K: int, group_size: int) -
 
 def candidates(card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[Config]:
     """All that the fastest kernel of a card offers for x8 (M, K) times W (N, K), without tails."""
-    for config in configs(card.limits.kernels[-1], card, group_size):
-        yield from splits(config, card, M, N, K, group_size)
+    found = (
+        split
+        for config in configs(card.limits.kernels[-1], card, group_size)
+        for split in splits(config, card, M, N, K, group_size)
+    )
+    yield from dict.fromkeys(found)  # of few steps, deep and shallow rings are one
 
 
 # The choice

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qoq.checkpoint import Checkpoint
-from qoq.errors import QoqError
+from qoq.errors import QoqError, first_sentence
 from qoq.kernels.attention import MAX_BATCH
 from qoq.paged import PAGE
 from qoq.runtime.batch import Batches, to_device
@@ -211,7 +211,7 @@ class LLMEngine:
                 ahead=where.type == "cuda",
             )
         except torch.OutOfMemoryError as error:
-            raise QoqError(f"{checkpoint.folder}: out of GPU memory ({str(error).split('. ')[0]})") from None
+            raise QoqError(f"{checkpoint.folder}: out of GPU memory ({first_sentence(error)})") from None
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams = GREEDY) -> None:
         """Let a request take part in the steps to come.

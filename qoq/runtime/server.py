@@ -60,6 +60,7 @@ class _Server:
         self.engine, self.model_name, self.api_key = AsyncEngine(engine, max_queue), model_name, api_key
         self.tokenizer = copy.deepcopy(engine.tokenizer)  # the engine's thread has its own
         self.token_bytes = TokenBytes(self.tokenizer)
+        self.template_options = inspect.signature(self.tokenizer.apply_chat_template).parameters
         self.tokenizing = ThreadPoolExecutor(1)
 
     @asynccontextmanager
@@ -136,9 +137,8 @@ class _Server:
     def _chat_tokens(self, messages: Sequence[dict[str, str]], variables: Mapping[str, Any]) -> list[int]:
         if not self.tokenizer.chat_template:
             raise ApiError(400, "the model has no chat template, expected a request to /v1/completions")
-        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         for name in variables:  # no template of the client's own, nor a prompt that is not tokens
-            if name in own:
+            if name in self.template_options:
                 where = f"chat_template_kwargs.{name}"
                 raise ApiError(400, f"{where} is not supported, expected a variable of the template", where)
         try:
