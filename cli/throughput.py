@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("w4a8", "fp16")
 KV_BITS = {"w4a8": 4, "fp16": 16}  # unless told otherwise
-LIMITED = {"w4a8_gemm": "linear", "lm_head": "head", "kv_decode": "attention"}  # kernel -> its part of a roofline
+LIMITED = {"w4a8_gemm": "linear", "lm_head": "head", "kv_append_decode": "attention"}  # kernel -> part of a roofline
 COLUMNS = (
     *("device", "model", "random_weights", "precision", "group_size", "kv_bits"),
     *("batch_size", "input_len", "output_len", "throughput_tokens_per_s", "output_tokens", "seconds"),
@@ -46,7 +46,7 @@ COLUMNS = (
 @click.option("--roofline", is_flag=True, help="Say what the card allows, and the share reached.")
 @click.option("--account", is_flag=True, help="Watch decode steps afterwards: time of each kernel, and of none.")
 @click.option("--card", type=click.Choice(tuple(CARDS)), help="Of --roofline.  [default: the one here]")
-@engine_options(8192)
+@engine_options(16384)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts and random weights.")
 @click.option("--device", default="cuda", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option("--csv", "csv_path", type=FILE, callback=in_a_folder, help="Append a row for each batch size.")

@@ -156,10 +156,11 @@ def test_torchs_products_are_right():
 def test_passes_are_called_as_the_ops_want(called):
     torch.manual_seed(0)
     found = {op: list(MEASUREMENTS[op](plan(op), machine())) for op in ("rows", "attention", "head", "sample")}
-    assert {op: len(results) for op, results in found.items()} == {"rows": 6, "attention": 8, "head": 4, "sample": 4}
+    assert {op: len(results) for op, results in found.items()} == {"rows": 6, "attention": 12, "head": 4, "sample": 4}
     sizes = [(each.op, *each.sizes.values()) for each in found["attention"] if isinstance(each, Pass)]
     assert sizes[:4] == [*(("rope_kv4_append", tokens) for tokens in (1, 3, 192)), ("kv4_gather", 192)]
-    assert sizes[4:] == [("kv4_decode", batch, context) for batch in (1, 3) for context in (64, 100)]
+    ops, cases = ("kv4_decode", "kv4_append_decode"), [(1, 64), (1, 100), (3, 64), (3, 100)]
+    assert sizes[4:] == [(op, *case) for case in cases for op in ops]
 
 
 def test_swiglu_both_ways(called):
@@ -187,6 +188,7 @@ def test_bytes_of_passes(called):
         (each.op, *each.sizes.values()): each.bytes for each in bench.attention_passes(plan("attention"), machine())
     }
     assert moved["kv4_decode", 3, 100] == 3 * 100 * token
+    assert moved["kv4_append_decode", 3, 100] == 3 * (100 * token + 2 * (4 + 2 * 2) * 64)
     assert moved["kv4_gather", 192] == 192 * (token + 2 * 2 * 2 * 64)
     # qkv, q, what is stored, cos and sin of half a head in float32, position and slot
     assert moved["rope_kv4_append", 3] == 3 * (2 * (4 + 2 * 2) * 64 + 2 * 4 * 64 + token + 2 * 4 * 32 + 16)
@@ -198,7 +200,8 @@ def test_what_is_compiled_beforehand_is_what_runs():
     found = bench.specialisations(full, H100)
     assert len(found) == len({(one.source, *one.defines.items()) for one in found})
     sources = [one.source for one in found]
-    assert [sources.count(source) for source in ("append.cu", "decode.cu", "gather.cu", "sample.cu")] == [1, 1, 1, 2]
+    of_attention = ("append.cu", "gather.cu", "decode.cu", "append_decode.cu")
+    assert [sources.count(source) for source in (*of_attention, "sample.cu")] == [1, 1, 1, 1, 2]
     asked = [(one.source, dict(one.defines)) for one in found]
     for n, k in full.model.linears().values():
         for m in full.tokens:
@@ -206,7 +209,7 @@ def test_what_is_compiled_beforehand_is_what_runs():
             kernel = tiling.KERNELS[config.kernel]
             assert all((kernel.source, kernel.defines(each, 128)) in asked for each in config.launched)
     (append,) = (one.defines for one in found if one.source == "append.cu")
-    assert append == bench.attention._append_defines(bench.Layout(128), tuple(map(float, bench.CLIP_RATIOS)))
+    assert append == bench.kv_cache.append_defines(bench.Layout(128), tuple(map(float, bench.CLIP_RATIOS)))
     heads = [dict(one.defines) for one in found if one.source == "head.cu"]
     assert len(heads) == 4 and all(bench.head.tile(m, H100.limits) in heads for m in bench.HEAD_TOKENS)
     assert {one.source for one in bench.specialisations(plan("sample"), H100)} == {"sample.cu"}
@@ -258,7 +261,7 @@ def test_the_command_prints_tables(qoq, called):
         "data sheet 3350 GB/s and 1979 TOPS"
     )
     assert [table.split()[0] for table in tables] == ["GEMM", *["op"] * 5]
-    assert [len(table.splitlines()) for table in tables] == [9, 7, 5, 6, 5, 5]
+    assert [len(table.splitlines()) for table in tables] == [9, 7, 5, 8, 5, 5]
     assert "groups of 64" in qoq(*options("--ops", "rows", "--group-size", "64"))[1]
 
 

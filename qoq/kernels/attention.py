@@ -1,11 +1,10 @@
-"""The paged KV cache on the GPU: append (csrc/append.cu), decode attention (csrc/decode.cu), gather (csrc/gather.cu).
+"""Decode attention over the paged cache on the GPU (csrc/decode.cu), with append in front too (csrc/append_decode.cu).
 
-On CPU tensors the same faces run the specification, `qoq.paged`. Appending gives the same bits on both, gathering
-too; attention is compared with float64 within a bound that the tests state.
+On CPU tensors the same faces run the specification, `qoq.paged`; attention is compared with it, in float64, within a
+bound that the tests state.
 """
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,13 +14,22 @@ from torch import Tensor
 
 from qoq import paged
 from qoq.kernels.build import ARCHITECTURES, Specialisation, architecture, module
+from qoq.kernels.kv_cache import (
+    CHECKED,
+    CHECKED_RATIOS,
+    WARP,
+    append_cpu,
+    append_defines,
+    check_append,
+    check_cache,
+    how_to_append,
+    layout_defines,
+)
 from qoq.kernels.library import expect, register
 from qoq.models.decoder import KVTransform, Rope
 from qoq.paged import PAGE, HeadNorms, Layout
 
-WARP = 32
-APPEND_WARPS, APPEND_TOKENS, GATHER_THREADS, GATHER_DIMS = 4, 4, 256, 8  # as in the sources
-# Also as in decode.cu and common/kv_warp.cuh: pages that one block takes at most until a sequence has MAX_SPLITS
+# As in common/attend.cuh and common/kv_warp.cuh: pages that one block takes at most until a sequence has MAX_SPLITS
 # splits, and limits.
 SPLIT_PAGES, MAX_SPLITS, MAX_BATCH, COLUMNS = 32, 32, 1024, 8
 STEP = 16  # tokens that a warp takes at once
@@ -29,7 +37,7 @@ MAX_STAGES = 4
 # Shared memory of a multiprocessor, and what a block needs of it beside the rings.
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_87": 164 << 10, "sm_90a": 228 << 10, "sm_100": 228 << 10, "sm_103": 228 << 10}
 LEAST_SHARED_BYTES = 100 << 10
-BLOCK_BYTES = 6 << 10
+BLOCK_BYTES = 10 << 10
 
 
 # What is compiled
@@ -72,24 +80,8 @@ def result_bytes(layout: Layout) -> int:
     return COLUMNS * (layout.head_dim + 4) * 4
 
 
-def _layout_defines(layout: Layout) -> dict[str, int | str]:
-    return {"HEAD_DIM": layout.head_dim, "BITS": layout.bits}
-
-
-@cache
-def _append_defines(layout: Layout, clip_ratios: tuple[float, ...]) -> dict[str, int | str]:
-    """The ratios, and what each takes off either end of the range, in double precision until the last rounding."""
-
-    def literals(values: list[float]) -> str:
-        rounded = (struct.unpack("f", struct.pack("f", value))[0] for value in values)
-        return ",".join(f"{value.hex()}f" for value in rounded)
-
-    margins = [(1 - ratio) / 2 for ratio in clip_ratios]
-    return _layout_defines(layout) | {"RATIOS": literals(list(clip_ratios)), "MARGINS": literals(margins)}
-
-
 def _decode_defines(layout: Layout, tile: Tile) -> dict[str, int | str]:
-    return _layout_defines(layout) | {
+    return layout_defines(layout) | {
         "WARPS": tile.warps,
         "STAGES": tile.stages,
         "BLOCKS": tile.blocks,
@@ -97,134 +89,12 @@ def _decode_defines(layout: Layout, tile: Tile) -> dict[str, int | str]:
     }
 
 
-DECODE_CODE = (r"HMMA\.16816\.F32", r"LDSM\.16\.MT88\.4", r"MOVM\.16\.MT88", r"LDGSTS\.E\.BYPASS\.128")
-CHECKED = (*(Layout(head_dim) for head_dim in paged.HEAD_DIMS), Layout(128, 8), Layout(128, 16))
-SPECIALISATIONS = (
-    *(Specialisation("append.cu", _append_defines(layout, (1, 0.96, 0.92, 0.88, 0.84))) for layout in CHECKED),
-    *(Specialisation("gather.cu", _layout_defines(layout), expected=(r"STG\.E\.128",)) for layout in CHECKED),
-    *(
-        Specialisation("decode.cu", _decode_defines(layout, Tile.of(layout, arch)), (arch,), DECODE_CODE)
-        for layout in CHECKED
-        for arch in ARCHITECTURES
-    ),
-)
-
-
-# Append
-
-
-def rope_kv4_append(
-    qkv: Tensor,
-    tables: Rope,
-    positions: Tensor,
-    slots: Tensor,
-    cache: Tensor,
-    layout: Layout,
-    transform: KVTransform,
-    clip_ratios: Sequence[float] = (1.0,),
-    norms: HeadNorms | None = None,
-) -> Tensor:
-    """QK-norm, RoPE, `transform`, quantization and storage of new tokens -> their queries (tokens, Hq, D) float16.
-
-    The arguments are those of `paged.append`. Norms and offsets are float16; no two tokens share a slot.
-
-    Raises:
-        ValueError: an argument of a wrong shape, type or device.
-    """
-    kv_heads = _check_cache(cache, layout)
-    head_dim, (cos, sin), tokens = layout.head_dim, tables, qkv.shape[0]
-    expect("qkv", qkv, torch.float16, (None, None), like=cache)
-    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    if qkv.shape[1] % head_dim != 0 or q_heads <= 0 or q_heads % kv_heads != 0:
-        raise ValueError(f"qkv: rows of {qkv.shape[1]}, expected (Hq + 2 * {kv_heads}) * {head_dim}, whole groups")
-    expect("cos", cos, torch.float32, (None, head_dim // 2), like=cache)
-    expect("sin", sin, torch.float32, cos.shape, like=cache)
-    expect("positions", positions, torch.int64, (tokens,), like=cache, alignment=8)
-    expect("slots", slots, torch.int64, (tokens,), like=cache, alignment=8)
-    for name, offset in (("k_offset", transform.k_offset), ("v_offset", transform.v_offset)):
-        if offset is not None:
-            expect(name, offset, torch.float16, (kv_heads, head_dim), like=cache)
-    if norms is not None:
-        expect("norms.q", norms.q, torch.float16, (head_dim,), like=cache)
-        expect("norms.k", norms.k, torch.float16, (head_dim,), like=cache)
-    if not clip_ratios:
-        raise ValueError("clip_ratios: none, expected at least one")
-    q = torch.empty(tokens, q_heads, head_dim, dtype=torch.float16, device=qkv.device)
-    _append(
-        qkv,
-        cos,
-        sin,
-        positions,
-        slots,
-        transform.k_offset,
-        transform.v_offset,
-        transform.rotate,
-        list(clip_ratios),
-        norms.q if norms else None,
-        norms.k if norms else None,
-        norms.eps if norms else 0.0,
-        layout.bits,
-        cache,
-        q,
-    )
-    return q
-
-
-def _append_cuda(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    k_offset: Tensor | None,
-    v_offset: Tensor | None,
-    rotate: bool,
-    clip_ratios: list[float],
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    bits: int,
-    cache: Tensor,
-    q: Tensor,
-) -> None:
-    tokens, q_heads, head_dim = q.shape
-    kv_heads = cache.shape[1]
-    defines = _append_defines(Layout(head_dim, bits), tuple(clip_ratios))
-    warps = -(-tokens // APPEND_TOKENS) * (q_heads + 2 * kv_heads)  # one head of APPEND_TOKENS tokens each
-    blocks = -(-warps // APPEND_WARPS)
-    offsets, norms = (k_offset, v_offset), (q_norm, k_norm)
-    args = (qkv, cos, sin, positions, slots, *offsets, *norms, eps, rotate, cache, q, tokens, q_heads, kv_heads)
-    module("append.cu", q.device, defines).launch("rope_kv_append", (blocks, 1, 1), APPEND_WARPS * WARP, args)
-
-
-def _append_cpu(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    k_offset: Tensor | None,
-    v_offset: Tensor | None,
-    rotate: bool,
-    clip_ratios: list[float],
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    bits: int,
-    cache: Tensor,
-    q: Tensor,
-) -> None:
-    norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, eps)
-    transform, layout = KVTransform(rotate, k_offset, v_offset), Layout(q.shape[2], bits)
-    q.copy_(paged.append(qkv, (cos, sin), positions, slots, cache, layout, transform, clip_ratios, norms))
-
-
-_append = register(
-    "rope_kv4_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor? k_offset,"
-    " Tensor? v_offset, bool rotate, float[] clip_ratios, Tensor? q_norm, Tensor? k_norm, float eps, int bits,"
-    " Tensor(a!) cache, Tensor(b!) q) -> ()",
-    cuda=_append_cuda,
-    cpu=_append_cpu,
+CODE = (r"HMMA\.16816\.F32", r"LDSM\.16\.MT88\.4", r"MOVM\.16\.MT88", r"LDGSTS\.E\.BYPASS\.128")
+SPECIALISATIONS = tuple(
+    Specialisation(source, defines | _decode_defines(layout, Tile.of(layout, arch)), (arch,), CODE)
+    for layout in CHECKED
+    for source, defines in (("decode.cu", {}), ("append_decode.cu", append_defines(layout, CHECKED_RATIOS)))
+    for arch in ARCHITECTURES
 )
 
 
@@ -295,30 +165,41 @@ def kv4_decode(
     Raises:
         ValueError: an argument of a wrong shape, type or device.
     """
-    kv_heads = _check_cache(cache, layout)
+    kv_heads = check_cache(cache, layout)
     expect("q", q, torch.float16, (None, None, layout.head_dim), like=cache)
-    batch, q_heads, head_dim = q.shape
-    if q_heads % kv_heads != 0:
-        raise ValueError(f"q: {q_heads} heads, expected a multiple of {kv_heads}")
+    if q.shape[1] % kv_heads != 0:
+        raise ValueError(f"q: {q.shape[1]} heads, expected a multiple of {kv_heads}")
+    if v_offset is not None:
+        expect("v_offset", v_offset, torch.float16, (kv_heads, layout.head_dim), like=cache)
+    room = _check_decode(q.shape, cache, block_tables, context_lens, scale, workspace)
+    out = torch.empty_like(q)
+    if len(q) > 0:
+        where = block_tables, context_lens
+        _decode(q, cache, layout.bits, *where, scale, window or 0, v_offset, settled, room.partials, room.counters, out)
+    return out
+
+
+def _check_decode(
+    queries: Sequence[int],
+    cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    workspace: Workspace | None,
+) -> Workspace:
+    """The workspace that was given, if it is large enough for queries of this shape, or another."""
+    batch, q_heads, head_dim = queries
     if batch > MAX_BATCH:
         raise ValueError(f"q: {batch} sequences, expected at most {MAX_BATCH}")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: {scale}, expected a positive number")
     expect("block_tables", block_tables, torch.int32, (batch, None), like=cache, alignment=4)
     expect("context_lens", context_lens, torch.int32, (batch,), like=cache, alignment=4)
-    if v_offset is not None:
-        expect("v_offset", v_offset, torch.float16, (kv_heads, head_dim), like=cache)
-    out = torch.empty_like(q)
-    if batch == 0:
-        return out
-    sizes = batch, q_heads, kv_heads, head_dim, block_tables.shape[1]
+    sizes = batch, q_heads, cache.shape[1], head_dim, block_tables.shape[1]
     if workspace is None:
-        workspace = Workspace.of(*sizes, q.device)
+        return Workspace.of(*sizes, cache.device)
     workspace.check(*sizes)
-    partials, counters = workspace.partials, workspace.counters
-    where = block_tables, context_lens
-    _decode(q, cache, layout.bits, *where, scale, window or 0, v_offset, settled, partials, counters, out)
-    return out
+    return workspace
 
 
 @cache
@@ -344,8 +225,7 @@ def _decode_cuda(
     layout, group, splits = Layout(head_dim, bits), q_heads // kv_heads, max_splits(max_pages)
     tile = _tile(layout, q.device)
     kernels = module("decode.cu", q.device, _decode_defines(layout, tile))
-    items = batch * kv_heads * -(-group // COLUMNS) * splits
-    grid = min(items, tile.blocks * kernels.multiprocessors)
+    grid = min(batch * kv_heads * -(-group // COLUMNS) * splits, tile.blocks * kernels.multiprocessors)
     tensors = q, cache, block_tables, context_lens, v_offset, out, partials, counters
     sizes = batch, kv_heads, group, max_pages, splits, window, settled
     args = (*tensors, scale * math.log2(math.e), *sizes)
@@ -378,64 +258,113 @@ _decode = register(
 )
 
 
-# Gather
+# Append and decode attention
 
 
-def kv4_gather(
+def kv4_append_decode(
+    qkv: Tensor,
+    tables: Rope,
     cache: Tensor,
     layout: Layout,
+    transform: KVTransform,
     block_tables: Tensor,
-    starts: Tensor,
-    rows: int,
-    v_offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """K and V of whole sequences, one after the other, (rows, Hkv, D) float16 each: `paged.gather`, rounded.
+    context_lens: Tensor,
+    scale: float,
+    clip_ratios: Sequence[float] = (1.0,),
+    norms: HeadNorms | None = None,
+    window: int | None = None,
+    workspace: Workspace | None = None,
+    settled: bool = False,
+) -> Tensor:
+    """`rope_kv4_append` of the last token of each context, and `kv4_decode` of its queries: one kernel, the same bits.
 
-    For attention over a part of a prompt and all before it: K fits the rotated queries of `rope_kv4_append`, V has its
-    offset (Hkv, D) back. block_tables (sequences, max_pages) int32; starts (sequences + 1,) int32 on the device, from 0
-    to `rows`, which the host must know.
+    The token's position and its place in the cache follow from the context's length and the block table. The offset of
+    values is the transform's. `settled` promises that all but qkv was there when the kernel launched just before began.
 
     Raises:
         ValueError: an argument of a wrong shape, type or device.
     """
-    kv_heads = _check_cache(cache, layout)
-    expect("block_tables", block_tables, torch.int32, (None, None), like=cache, alignment=4)
-    expect("starts", starts, torch.int32, (block_tables.shape[0] + 1,), like=cache, alignment=4)
-    if v_offset is not None:
-        expect("v_offset", v_offset, torch.float16, (kv_heads, layout.head_dim), like=cache)
-    k, v = (torch.empty(rows, kv_heads, layout.head_dim, dtype=torch.float16, device=cache.device) for _ in "kv")
-    _gather(cache, layout.bits, block_tables, starts, v_offset, k, v)
-    return k, v
+    shape = check_append(qkv, tables, cache, layout, transform, clip_ratios, norms)
+    room = _check_decode(shape, cache, block_tables, context_lens, scale, workspace)
+    out = torch.empty(shape, dtype=torch.float16, device=qkv.device)
+    if len(out) > 0:
+        how = how_to_append(transform, clip_ratios, norms)
+        attended = block_tables, context_lens, scale, window or 0, settled, room.partials, room.counters
+        _append_decode(qkv, *tables, *how, layout.bits, cache, *attended, out)
+    return out
 
 
-def _gather_cuda(
-    cache: Tensor, bits: int, block_tables: Tensor, starts: Tensor, v_offset: Tensor | None, k: Tensor, v: Tensor
+def _append_decode_cuda(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_offset: Tensor | None,
+    v_offset: Tensor | None,
+    rotate: bool,
+    clip_ratios: list[float],
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    bits: int,
+    cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int,
+    settled: bool,
+    partials: Tensor,
+    counters: Tensor,
+    out: Tensor,
 ) -> None:
-    (rows, kv_heads, head_dim), (sequences, max_pages) = k.shape, block_tables.shape
-    blocks = -(-rows * kv_heads * head_dim // (GATHER_DIMS * GATHER_THREADS))
-    args = (cache, block_tables, starts, v_offset, k, v, rows, sequences, kv_heads, max_pages)
-    kernels = module("gather.cu", k.device, _layout_defines(Layout(head_dim, bits)))
-    kernels.launch("kv_gather", (blocks, 2, 1), GATHER_THREADS, args)
+    (batch, q_heads, head_dim), kv_heads, max_pages = out.shape, cache.shape[1], block_tables.shape[1]
+    layout, group, splits = Layout(head_dim, bits), q_heads // kv_heads, max_splits(max_pages)
+    tile = _tile(layout, out.device)
+    defines = append_defines(layout, tuple(clip_ratios)) | _decode_defines(layout, tile)
+    kernels = module("append_decode.cu", out.device, defines)
+    grid = min(batch * kv_heads * -(-group // COLUMNS) * splits, tile.blocks * kernels.multiprocessors)
+    new = qkv, cos, sin, k_offset, v_offset, q_norm, k_norm, eps, rotate
+    tensors = *new, cache, block_tables, context_lens, out, partials, counters
+    sizes = batch, kv_heads, group, max_pages, splits, window, settled
+    args = (*tensors, scale * math.log2(math.e), *sizes)
+    kernels.launch("kv_append_decode", (grid, 1, 1), tile.warps * WARP, args, tile.shared_bytes(layout))
 
 
-def _gather_cpu(
-    cache: Tensor, bits: int, block_tables: Tensor, starts: Tensor, v_offset: Tensor | None, k: Tensor, v: Tensor
+def _append_decode_cpu(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_offset: Tensor | None,
+    v_offset: Tensor | None,
+    rotate: bool,
+    clip_ratios: list[float],
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    bits: int,
+    cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int,
+    settled: bool,
+    partials: Tensor,
+    counters: Tensor,
+    out: Tensor,
 ) -> None:
-    for out, rows in zip(
-        (k, v), paged.gather(cache, Layout(k.shape[2], bits), block_tables, starts, v_offset), strict=True
-    ):
-        out.copy_(rows)
+    positions = (context_lens.long() - 1).clamp_min(0)
+    pages = block_tables.gather(1, positions[:, None] // PAGE)[:, 0].long()
+    slots = torch.where(context_lens > 0, pages * PAGE + positions % PAGE, -1)
+    offsets, norms, q = (k_offset, v_offset), (q_norm, k_norm), torch.empty_like(out)
+    append_cpu(qkv, cos, sin, positions, slots, *offsets, rotate, clip_ratios, *norms, eps, bits, cache, q)
+    where = block_tables, context_lens
+    _decode_cpu(q, cache, bits, *where, scale, window, v_offset, settled, partials, counters, out)
 
 
-_gather = register(
-    "kv4_gather(Tensor cache, int bits, Tensor block_tables, Tensor starts, Tensor? v_offset, Tensor(a!) k,"
-    " Tensor(b!) v) -> ()",
-    cuda=_gather_cuda,
-    cpu=_gather_cpu,
+_append_decode = register(
+    "kv4_append_decode(Tensor qkv, Tensor cos, Tensor sin, Tensor? k_offset,"
+    " Tensor? v_offset, bool rotate, float[] clip_ratios, Tensor? q_norm, Tensor? k_norm, float eps, int bits,"
+    " Tensor(a!) cache, Tensor block_tables, Tensor context_lens, float scale, int window, bool settled,"
+    " Tensor(b!) partials, Tensor(c!) counters, Tensor(d!) out) -> ()",
+    cuda=_append_decode_cuda,
+    cpu=_append_decode_cpu,
 )
-
-
-def _check_cache(cache: Tensor, layout: Layout) -> int:
-    """Its KV heads."""
-    expect("cache", cache, torch.uint8, (None, None, layout.record_bytes))
-    return cache.shape[1]

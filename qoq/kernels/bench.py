@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qoq import paged
-from qoq.kernels import attention, head, rows, sampling, tiling
-from qoq.kernels.attention import Workspace, kv4_decode, kv4_gather, rope_kv4_append
+from qoq.kernels import attention, head, kv_cache, rows, sampling, tiling
+from qoq.kernels.attention import Workspace, kv4_append_decode, kv4_decode
 from qoq.kernels.build import Specialisation
 from qoq.kernels.cards import Card
 from qoq.kernels.gemm import PackedWeight, gate_up_silu, w4a8_gemm
 from qoq.kernels.head import lm_head
+from qoq.kernels.kv_cache import kv4_gather, rope_kv4_append
 from qoq.kernels.rows import quant_rows, rmsnorm_quant, silu_mul_quant
 from qoq.kernels.sampling import sample
 from qoq.kernels.tiling import KERNELS, Config
@@ -161,7 +162,8 @@ def specialisations(plan: Plan, card: Card) -> list[Specialisation]:
         found += rows.SPECIALISATIONS
     if "attention" in plan.ops:
         layout = {"HEAD_DIM": plan.model.head_dim, "BITS": 4}
-        found += [one for one in attention.SPECIALISATIONS if layout.items() <= one.defines.items()]
+        each = (*kv_cache.SPECIALISATIONS, *attention.SPECIALISATIONS)
+        found += [one for one in each if layout.items() <= one.defines.items()]
     if "head" in plan.ops:
         defines = [head.tile(m, card.limits) for m in HEAD_TOKENS]
         found += [one for one in head.SPECIALISATIONS if one.defines in defines]
@@ -365,15 +367,24 @@ def attention_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
     gathers = [partial(gather, table) for table in tables(sets[1, PREFILL], 1, PREFILL)]
     yield one_pass("kv4_gather", {"tokens": PREFILL}, moved, gathers, machine)
 
+    scale, width = layout.head_dim**-0.5, (model.num_heads + 2 * model.num_kv_heads) * layout.head_dim
     for batch, context in cases:
         q = torch.randn(batch, model.num_heads, layout.head_dim, dtype=torch.float16, device=device)
+        qkv = torch.randn(batch, width, dtype=torch.float16, device=device)
         lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
-        places = tables(sets[batch, context], batch, context)
         workspace = Workspace.of(batch, model.num_heads, model.num_kv_heads, layout.head_dim, pages_of(context), device)
-        decode = partial(kv4_decode, scale=layout.head_dim**-0.5, v_offset=v_offset, workspace=workspace)
-        calls = [partial(decode, q, cache, layout, table, lengths) for table in places]
-        moved = batch * context * token_bytes
-        yield one_pass("kv4_decode", {"batch": batch, "context": context}, moved, calls, machine)
+        decode = partial(kv4_decode, scale=scale, v_offset=v_offset, workspace=workspace)
+        both = partial(kv4_append_decode, scale=scale, clip_ratios=CLIP_RATIOS, workspace=workspace)
+        places, moved = tables(sets[batch, context], batch, context), batch * context * token_bytes
+        for name, calls, own in (
+            ("kv4_decode", [partial(decode, q, cache, layout, table, lengths) for table in places], 0),
+            (
+                "kv4_append_decode",
+                [partial(both, qkv, rope, cache, layout, transform, table, lengths) for table in places],
+                2 * qkv.numel(),
+            ),
+        ):
+            yield one_pass(name, {"batch": batch, "context": context}, moved + own, calls, machine)
 
 
 def append_pass(

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from itertools import groupby, repeat
 from pathlib import Path
 
-from qoq.kernels import attention, build, gemm, head, rows, sampling
+from qoq.kernels import attention, build, gemm, head, kv_cache, rows, sampling
 from qoq.kernels.build import ARCHITECTURES, Cubin, Specialisation
 
 SPECIALISATIONS: tuple[Specialisation, ...] = (
     *rows.SPECIALISATIONS,
     *sampling.SPECIALISATIONS,
     *gemm.SPECIALISATIONS,
+    *kv_cache.SPECIALISATIONS,
     *attention.SPECIALISATIONS,
     *head.SPECIALISATIONS,
 )

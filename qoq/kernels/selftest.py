@@ -283,6 +283,25 @@ def check_kv4_decode(device: torch.device) -> Outcome:
     return Outcome(len(layouts) * len(lengths), worst, 2e-3)
 
 
+def check_kv4_append_decode(device: torch.device) -> Outcome:
+    """Outputs and every byte of the cache are those of `rope_kv4_append` and `kv4_decode`."""
+    wrong, lengths = 0, (1, 64, 65, 700, 3000)
+    layouts = [Layout(head_dim) for head_dim in paged.HEAD_DIMS] + [Layout(128, 8), Layout(128, 16)]
+    for layout in layouts:
+        one, block_tables, context_lens, _ = random_cache(layout, lengths, device)
+        where, positions = (block_tables.to(device), context_lens.to(device)), (context_lens.long() - 1).to(device)
+        pages = where[0].gather(1, positions[:, None] // paged.PAGE)[:, 0].long()
+        slots, two = pages * paged.PAGE + positions % paged.PAGE, one.clone()
+        angles = torch.rand(max(lengths), layout.head_dim // 2, device=device) * 6
+        qkv = torch.randn(len(lengths), 12 * layout.head_dim).half().to(device)
+        new, how = (qkv, (angles.cos(), angles.sin())), (layout, KVTransform(True))
+        q = kernels.rope_kv4_append(*new, positions, slots, one, *how)
+        expected = kernels.kv4_decode(q, one, layout, *where, layout.head_dim**-0.5)
+        found = kernels.kv4_append_decode(*new, two, *how, *where, layout.head_dim**-0.5)
+        wrong += int((found != expected).sum()) + int((one != two).sum())
+    return Outcome(len(layouts) * len(lengths), wrong, 0)
+
+
 # Sampling
 
 
@@ -332,6 +351,7 @@ CHECKS: list[tuple[str, Check]] = [
     ("lm_head", check_lm_head),
     ("rope_kv4_append", check_rope_kv4_append),
     ("kv4_decode", check_kv4_decode),
+    ("kv4_append_decode", check_kv4_append_decode),
     ("sample", check_sample),
 ]
 

@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from qoq import paged
 from qoq.checkpoint import Checkpoint
 from qoq.errors import QoqError
-from qoq.kernels import kv4_decode, kv4_gather, lm_head, rmsnorm, rope_kv4_append
+from qoq.kernels import kv4_append_decode, kv4_decode, kv4_gather, lm_head, rmsnorm, rope_kv4_append
 from qoq.kernels.attention import Workspace
 from qoq.layout import OFFSETS
 from qoq.models.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
@@ -108,22 +108,18 @@ class Executor:
     def _attend(self, layer: Layer, cache: Tensor, qkv: Tensor, batch: Batch) -> list[Tensor]:
         """qkv (T, (Hq + 2 Hkv) * D) float16 -> what o_proj takes, T rows of Hq * D in parts, float16."""
         layout, decodes, v_offset = layer.cache_layout, batch.decodes, layer.kv.v_offset
-        q = rope_kv4_append(
-            qkv,
-            self.rope,
-            batch.positions,
-            batch.slots,
-            cache,
-            layout,
-            layer.kv,
-            layer.clip_ratios,
-            layer.head_norms,
-        )
+        how, scale = (layer.clip_ratios, layer.head_norms), layout.head_dim**-0.5
+        if not batch.prefills:
+            seen = batch.block_tables, batch.context_lens
+            out = kv4_append_decode(
+                qkv, self.rope, cache, layout, layer.kv, *seen, scale, *how, layer.window, self.workspace, settled=True
+            )
+            return [out.flatten(1)]
+        q = rope_kv4_append(qkv, self.rope, batch.positions, batch.slots, cache, layout, layer.kv, *how)
         parts = []
         if decodes > 0:
             where = cache, layout, batch.block_tables[:decodes], batch.context_lens[:decodes]
-            how = layout.head_dim**-0.5, layer.window, v_offset, self.workspace
-            parts.append(kv4_decode(q[:decodes], *where, *how, settled=True))
+            parts.append(kv4_decode(q[:decodes], *where, scale, layer.window, v_offset, self.workspace, settled=True))
         for prefill in batch.prefills:
             tables, starts, own = batch.block_tables[prefill.sequences], prefill.context_starts, q[prefill.tokens]
             if q.is_cuda:

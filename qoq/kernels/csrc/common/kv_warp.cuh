@@ -63,6 +63,49 @@ __device__ __forceinline__ int unit_offset(int unit, int t) {
     return UNIT * (ROW % 128 == 0 ? unit / 2 * 8 + 2 * t + unit % 2 : 4 * unit + t);
 }
 
+// x, but the compiler does not know: what depends on it is computed here, not earlier and not again.
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// Where a lane finds its parts of a stage. Rows whose size is a power of two need one register for all units or chunks.
+struct Places {
+    static constexpr bool BY_BITS = (ROW & (ROW - 1)) == 0;
+    int unit, chunk, copied;  // the first
+
+    __device__ __forceinline__ Places() {
+        unit = opaque(unit_at(0)), chunk = opaque(chunk_at(0)), copied = opaque(copied_at(0));
+    }
+
+    // Unit of K row g; that of row g + 8 lies 8 rows behind.
+    __device__ __forceinline__ int of_unit(int nth) const {
+        return BY_BITS ? unit ^ unit_offset(nth, 0) : unit_at(nth);
+    }
+
+    // Of two neighbouring chunks of V rows, from an even one on, lane l / 16 selects one; l / 8 % 2 the tokens.
+    __device__ __forceinline__ int of_chunk(int even) const { return BY_BITS ? chunk ^ even * CHUNK : chunk_at(even); }
+
+    // Chunk `first` + lane of 16 rows of K or V.
+    __device__ __forceinline__ int of_copied(int first) const {
+        return BY_BITS ? (copied ^ swizzle(first / CHUNKS) * CHUNK) + first * CHUNK : copied_at(first);
+    }
+
+  private:
+    static __device__ __forceinline__ int unit_at(int nth) {
+        const int g = threadIdx.x % LANES / 4, t = threadIdx.x % 4;
+        return g * ROW + (unit_offset(nth, t) ^ swizzle(g) * CHUNK);
+    }
+    static __device__ __forceinline__ int chunk_at(int even) {
+        const int token = threadIdx.x % 16, second = threadIdx.x % LANES / 16;
+        return token * ROW + ((even + second) ^ swizzle(token)) * CHUNK;
+    }
+    static __device__ __forceinline__ int copied_at(int first) {
+        const int chunk = first + threadIdx.x % LANES, row = chunk / CHUNKS, column = chunk % CHUNKS;
+        return row * ROW + (column ^ swizzle(row)) * CHUNK;
+    }
+};
+
 using Keys = KeyWords<BITS>;
 using Values = ValueWord<BITS>;
 
@@ -143,16 +186,15 @@ struct Copies {
     int from, to;                    // tokens wanted, counted from the split's first
 
     // Rows outside [from, to) are garbage that the mask hides, but fp16 values may be NaN there: they become zero.
-    __device__ __forceinline__ void start(unsigned char* stage, uint32_t page, int index) const {
+    __device__ __forceinline__ void start(unsigned char* stage, const Places& places, uint32_t page, int index) const {
         const int lane = threadIdx.x % LANES, first_row = index % (PAGE / STEP) * STEP;
         const unsigned char* record = from_lane + uint64_t(page) * page_bytes;
 #pragma unroll
         for (int i = 0; i < STEP * CHUNKS; i += LANES) {
-            const int chunk = i + lane, row = chunk / CHUNKS, column = chunk % CHUNKS;
+            const int chunk = i + lane, token = index * STEP + chunk / CHUNKS;
             if (STEP * CHUNKS % LANES != 0 && chunk >= STEP * CHUNKS) break;
-            const int token = index * STEP + row;
             const bool wanted = CODED || (token >= from && token < to);
-            unsigned char* to_row = stage + row * ROW + (column ^ swizzle(row)) * CHUNK;
+            unsigned char* to_row = stage + places.of_copied(i);
             const unsigned char* rows = record + first_row * ROW + i * CHUNK;
             copy16_async(to_row, rows, wanted);
             copy16_async(to_row + STEP * ROW, rows + V_ROWS, wanted);
@@ -180,14 +222,13 @@ struct Running {
     float minima[2];   // of probability * minimum, likewise
     float weights[4];  // of P', of all lanes' tokens: heads 2t, 2t+1, and again
     float out[V_TILES][4];
-    float gain, scale_limit;  // `gain` serves value scales up to `scale_limit`
+    float gain;  // a power of two; it serves value scales up to its inverse
     Exponents exponents;
 
     __device__ __forceinline__ void clear() {
         base[0] = base[1] = NO_SCORE;
         sum[0] = sum[1] = minima[0] = minima[1] = 0.0f;
-        gain = 1.0f;
-        scale_limit = 0.0f;
+        gain = CODED ? __int_as_float(0x7f800000) : 1.0f;
         weights[0] = weights[1] = weights[2] = weights[3] = 0.0f;
 #pragma unroll
         for (int tile = 0; tile < V_TILES; ++tile) {
@@ -218,13 +259,12 @@ struct Running {
             for (int lanes = 4; lanes < LANES; lanes *= 2) {
                 largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
             }
-            if (largest > scale_limit) {
+            if (largest * gain > 1.0f) {
                 const float power = __uint_as_float(__float_as_uint(largest) & 0x7f800000);  // of two, <= largest
                 const float fitting = LARGEST_SCALE / power;
                 factor[0] *= fitting / gain;
                 factor[1] *= fitting / gain;
                 gain = fitting;
-                scale_limit = 4.0f * power;
             }
         }
 #pragma unroll
@@ -237,8 +277,8 @@ struct Running {
     }
 
     // 16 tokens at `stage`; of them [from, to) are wanted.
-    __device__ __forceinline__ void step(const unsigned char* stage, const Queries& queries, float scale_log2, int from,
-                                         int to) {
+    __device__ __forceinline__ void step(const unsigned char* stage, const Places& places, const Queries& queries,
+                                         float scale_log2, int from, int to) {
         const int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
 
         // Two chains of products, so that one's latency hides in the other's.
@@ -249,9 +289,8 @@ struct Running {
         }
 #pragma unroll
         for (int unit = 0; unit < UNITS; ++unit) {
-            const int offset = unit_offset(unit, t);
-            const Unit near(stage + g * ROW + (offset ^ swizzle(g) * CHUNK));
-            const Unit far(stage + (g + 8) * ROW + (offset ^ swizzle(g + 8) * CHUNK));
+            const unsigned char* of_g = stage + places.of_unit(unit);
+            const Unit near(of_g), far(of_g + 8 * ROW);
 #pragma unroll
             for (int word = 0; word < UNIT / 4; word += Keys::WORDS) {
                 const Keys a(near.word + word, exponents), b(far.word + word, exponents);
@@ -287,7 +326,7 @@ struct Running {
         }
 
         const bool high = fmaxf(x[0], x[2]) > base[0] + LIMIT || fmaxf(x[1], x[3]) > base[1] + LIMIT;
-        if (__any_sync(ALL_LANES, high || (CODED && fmaxf(scale_g, scale_g8) > scale_limit))) {
+        if (__any_sync(ALL_LANES, high || (CODED && fmaxf(scale_g, scale_g8) * gain > 1.0f))) {
             raise(x, scale_g, scale_g8);
         }
 
@@ -309,23 +348,21 @@ struct Running {
             const uint32_t one = exponents.of_1;
             multiply_add(weights, {one, one, one, one}, b0, b1);
         }
-        add_values(stage + STEP * ROW, b0, b1);
+        add_values(stage + STEP * ROW, places, b0, b1);
     }
 
-    // out += V^T P'^T. Of two neighbouring chunks of V rows, lane l / 16 selects one; l / 8 % 2 the tokens.
-    __device__ __forceinline__ void add_values(const unsigned char* rows, uint32_t b0, uint32_t b1) {
-        const int lane = threadIdx.x % LANES, token = lane % 16, second = lane / 16;
-        const uint32_t row = shared_address(rows) + token * ROW;
-        const int mask = swizzle(token);
+    // out += V^T P'^T.
+    __device__ __forceinline__ void add_values(const unsigned char* rows, const Places& places, uint32_t b0,
+                                               uint32_t b1) {
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
             uint32_t words[4];
-            const uint32_t address = row + (((chunk + second) ^ mask) * CHUNK);
+            const uint32_t address = shared_address(rows) + places.of_chunk(chunk);
             if (chunk + 1 < CHUNKS) {
                 load_transposed(words, address);
             } else {
                 uint32_t pair[2];
-                load_transposed(pair, row + ((chunk ^ mask) * CHUNK));
+                load_transposed(pair, address);
                 words[0] = pair[0], words[1] = pair[1];
             }
             if constexpr (CODED) {

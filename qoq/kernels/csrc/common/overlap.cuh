@@ -1,7 +1,7 @@
 // A kernel may start while those before it in the stream still run (programmatic dependent launch, sm_90 and newer):
 // what it does first must not depend on it. Launches of `build.Module` always allow this, so every kernel here waits
 // before it touches memory that another kernel writes or reads; only constants, such as weights, and what the caller
-// calls settled (decode.cu) may be read earlier.
+// calls settled (attend.cuh) may be read earlier.
 #pragma once
 
 #if __CUDA_ARCH__ >= 900
