@@ -112,7 +112,7 @@ class Tuner:
                 entry[bucket] = choices[linear]
             else:
                 entry.pop(bucket, None)
-        tiling.choose.cache_clear()
+        tiling.chosen.cache_clear()
 
     def batch(self, m: int) -> Batch:
         """A step of `m` tokens."""

@@ -293,11 +293,11 @@ def test_the_table_goes_first_where_it_is_legal(monkeypatch):
     card = CARDS[0]
     table = {card.name: {"4096x4096 g64": {"16": ["mma", 64, 16, 2, 3], "32": ["mma", 64, 16, 99, 1]}}}
     monkeypatch.setattr(tiling, "tuned", lambda: table)
-    tiling.choose.cache_clear()
+    tiling.chosen.cache_clear()
     assert tiling.choose(card, 9, 4096, 4096, 64) == Config("mma", 64, 16, 2, 3)
     assert tiling.choose(card, 8, 4096, 4096, 64).tokens == 8
     assert tiling.choose(card, 17, 4096, 4096, 64).stages < 99
-    tiling.choose.cache_clear()
+    tiling.chosen.cache_clear()
 
 
 def test_the_table_is_well_formed():
@@ -357,9 +357,20 @@ def test_a_tail_suits_the_tokens_also_where_the_table_has_the_tile(monkeypatch):
     """192 and 144 tiles, of one bucket: 60 and 12 in the last wave."""
     table = {CARDS[3].name: {"6144x4096 g128": {"1024": ["wgmma", 128, 256, 5, 1]}}}
     monkeypatch.setattr(tiling, "tuned", lambda: table)
-    tiling.choose.cache_clear()
+    tiling.chosen.cache_clear()
     assert [tiling.choose(CARDS[3], m, 6144, 4096, 128).tail for m in (1024, 768)] == [2, 8]
-    tiling.choose.cache_clear()
+    tiling.chosen.cache_clear()
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_tokens_share_a_choice_that_suits_them_all(card):
+    """In tiles; a server meets every number of tokens, and a choice takes time."""
+    n, k = 28672, 4096
+    for m in range(1, 1100, 3):
+        config, most = tiling.choose(card, m, n, k, 128), tiling.rounded(m)
+        assert m <= most < m + 64 and config is tiling.choose(card, most, n, k, 128)
+        assert config.tiles(m, n) == config.tiles(most, n) and tiling.problem(config, card, m, n, k, 128) is None
+    assert len({tiling.rounded(m) for m in range(1, 8193)}) == 8 + 31 + 124
 
 
 def test_a_block_has_no_more_stages_than_steps():

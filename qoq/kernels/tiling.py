@@ -366,12 +366,26 @@ def candidates(card: Card, M: int, N: int, K: int, group_size: int) -> Iterator[
 # The choice
 
 
-@cache
 def choose(card: Card, M: int, N: int, K: int, group_size: int) -> Config:
     """The configuration for x8 (M, K) times W (N, K) on a card: from the table, else of least modelled time.
 
     The tail is of least modelled time in any case: it depends on M, of which an entry of the table has many.
     """
+    return chosen(card, rounded(M), N, K, group_size)
+
+
+def rounded(M: int) -> int:
+    """The most tokens that have a common choice with M: it takes some ms, and a server meets every M.
+
+    They have as many tiles of each width that is worth a try.
+    """
+    step = 1 if M <= 8 else 8 if M <= 256 else 64
+    return -(-M // step) * step
+
+
+@cache
+def chosen(card: Card, M: int, N: int, K: int, group_size: int) -> Config:
+    """As `choose`, for a rounded M."""
     shape = M, N, K, group_size
     entry = tuned().get(card.name, {}).get(entry_name(N, K, group_size), {}).get(str(bucket(M)))
     found = [] if entry is None else [Config(*entry)]
