@@ -278,8 +278,9 @@ def kv4_append_decode(
 ) -> Tensor:
     """`rope_kv4_append` of the last token of each context, and `kv4_decode` of its queries: one kernel, the same bits.
 
-    The token's position and its place in the cache follow from the context's length and the block table. The offset of
-    values is the transform's. `settled` promises that all but qkv was there when the kernel launched just before began.
+    qkv (B, (Hq + 2 Hkv) * D) float16 -> (B, Hq, D) float16; other arguments as theirs. A token's position and its place
+    in the cache follow from its context's length and block table; a context of 0 tokens has none. The offset of values
+    is the transform's. `settled` promises that all but qkv was there when the kernel launched just before began.
 
     Raises:
         ValueError: an argument of a wrong shape, type or device.

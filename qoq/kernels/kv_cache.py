@@ -86,7 +86,7 @@ def check_append(
     clip_ratios: Sequence[float],
     norms: HeadNorms | None,
 ) -> tuple[int, int, int]:
-    """The shape of the queries."""
+    """The shape of the queries, or a ValueError."""
     kv_heads = check_cache(cache, layout)
     head_dim, (cos, sin), tokens = layout.head_dim, tables, qkv.shape[0]
     expect("qkv", qkv, torch.float16, (None, None), like=cache)
