@@ -94,6 +94,9 @@ def throughput(records: Sequence[Mapping[str, Any]]) -> bytes:
             place = (record["batch_size"], record["throughput_tokens_per_s"])
             style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
             axes.annotate(f"{place[1]:,.0f}", place, xytext=(0, -14), **style)
+    low, high = axes.get_ylim()
+    if high < 10 * low:  # else the labels of decades will do
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
     ticks = sorted({record["batch_size"] for record in records})
     axes.set_xticks(ticks, labels=[str(size) for size in ticks])
     axes.legend(fontsize=8)
