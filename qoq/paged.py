@@ -162,6 +162,16 @@ def append(
     return q.transpose(0, 1).contiguous()
 
 
+def last_tokens(block_tables: Tensor, context_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions and slots (B,) int64 of each context's last token, as `append` takes them; 0 and -1 where it is empty.
+
+    block_tables (B, max_pages) int32; context_lens (B,) int32.
+    """
+    positions = (context_lens.long() - 1).clamp_min(0)
+    pages = block_tables.gather(1, positions[:, None] // PAGE)[:, 0].long()
+    return positions, torch.where(context_lens > 0, pages * PAGE + positions % PAGE, -1)
+
+
 def gather(
     cache: Tensor, layout: Layout, block_tables: Tensor, starts: Tensor, v_offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

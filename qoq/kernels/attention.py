@@ -5,7 +5,7 @@ bound that the tests state.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qoq import paged
-from qoq.kernels.build import ARCHITECTURES, Specialisation, architecture, module
+from qoq.kernels.build import ARCHITECTURES, Argument, Specialisation, architecture, module
 from qoq.kernels.kv_cache import (
-    CHECKED,
-    CHECKED_RATIOS,
+    CLIP_RATIOS,
+    LAYOUTS,
     WARP,
     append_cpu,
     append_defines,
@@ -92,8 +92,8 @@ def _decode_defines(layout: Layout, tile: Tile) -> dict[str, int | str]:
 CODE = (r"HMMA\.16816\.F32", r"LDSM\.16\.MT88\.4", r"MOVM\.16\.MT88", r"LDGSTS\.E\.BYPASS\.128")
 SPECIALISATIONS = tuple(
     Specialisation(source, defines | _decode_defines(layout, Tile.of(layout, arch)), (arch,), CODE)
-    for layout in CHECKED
-    for source, defines in (("decode.cu", {}), ("append_decode.cu", append_defines(layout, CHECKED_RATIOS)))
+    for layout in LAYOUTS
+    for source, defines in (("decode.cu", {}), ("append_decode.cu", append_defines(layout, CLIP_RATIOS)))
     for arch in ARCHITECTURES
 )
 
@@ -207,6 +207,29 @@ def _tile(layout: Layout, device: torch.device) -> Tile:
     return Tile.of(layout, architecture(device))
 
 
+def _launch(
+    source: str,
+    name: str,
+    defines: Mapping[str, int | str],
+    arguments: Sequence[Argument],
+    layout: Layout,
+    cache: Tensor,
+    block_tables: Tensor,
+    out: Tensor,
+    scale: float,
+    window: int,
+    settled: bool,
+) -> None:
+    """Launch one of the kernels, which differ in `defines` and in their first arguments."""
+    (batch, q_heads, _), kv_heads, max_pages = out.shape, cache.shape[1], block_tables.shape[1]
+    group, splits, tile = q_heads // kv_heads, max_splits(max_pages), _tile(layout, out.device)
+    kernels = module(source, out.device, {**defines, **_decode_defines(layout, tile)})
+    grid = min(batch * kv_heads * -(-group // COLUMNS) * splits, tile.blocks * kernels.multiprocessors)
+    sizes = batch, kv_heads, group, max_pages, splits, window, settled
+    args = (*arguments, scale * math.log2(math.e), *sizes)
+    kernels.launch(name, (grid, 1, 1), tile.warps * WARP, args, tile.shared_bytes(layout))
+
+
 def _decode_cuda(
     q: Tensor,
     cache: Tensor,
@@ -221,15 +244,9 @@ def _decode_cuda(
     counters: Tensor,
     out: Tensor,
 ) -> None:
-    (batch, q_heads, head_dim), kv_heads, max_pages = q.shape, cache.shape[1], block_tables.shape[1]
-    layout, group, splits = Layout(head_dim, bits), q_heads // kv_heads, max_splits(max_pages)
-    tile = _tile(layout, q.device)
-    kernels = module("decode.cu", q.device, _decode_defines(layout, tile))
-    grid = min(batch * kv_heads * -(-group // COLUMNS) * splits, tile.blocks * kernels.multiprocessors)
     tensors = q, cache, block_tables, context_lens, v_offset, out, partials, counters
-    sizes = batch, kv_heads, group, max_pages, splits, window, settled
-    args = (*tensors, scale * math.log2(math.e), *sizes)
-    kernels.launch("kv_decode", (grid, 1, 1), tile.warps * WARP, args, tile.shared_bytes(layout))
+    layout = Layout(q.shape[2], bits)
+    _launch("decode.cu", "kv_decode", {}, tensors, layout, cache, block_tables, out, scale, window, settled)
 
 
 def _decode_cpu(
@@ -317,17 +334,11 @@ def _append_decode_cuda(
     counters: Tensor,
     out: Tensor,
 ) -> None:
-    (batch, q_heads, head_dim), kv_heads, max_pages = out.shape, cache.shape[1], block_tables.shape[1]
-    layout, group, splits = Layout(head_dim, bits), q_heads // kv_heads, max_splits(max_pages)
-    tile = _tile(layout, out.device)
-    defines = append_defines(layout, tuple(clip_ratios)) | _decode_defines(layout, tile)
-    kernels = module("append_decode.cu", out.device, defines)
-    grid = min(batch * kv_heads * -(-group // COLUMNS) * splits, tile.blocks * kernels.multiprocessors)
     new = qkv, cos, sin, k_offset, v_offset, q_norm, k_norm, eps, rotate
     tensors = *new, cache, block_tables, context_lens, out, partials, counters
-    sizes = batch, kv_heads, group, max_pages, splits, window, settled
-    args = (*tensors, scale * math.log2(math.e), *sizes)
-    kernels.launch("kv_append_decode", (grid, 1, 1), tile.warps * WARP, args, tile.shared_bytes(layout))
+    layout = Layout(out.shape[2], bits)
+    defines, where = append_defines(layout, tuple(clip_ratios)), (cache, block_tables, out)
+    _launch("append_decode.cu", "kv_append_decode", defines, tensors, layout, *where, scale, window, settled)
 
 
 def _append_decode_cpu(
@@ -352,20 +363,18 @@ def _append_decode_cpu(
     counters: Tensor,
     out: Tensor,
 ) -> None:
-    positions = (context_lens.long() - 1).clamp_min(0)
-    pages = block_tables.gather(1, positions[:, None] // PAGE)[:, 0].long()
-    slots = torch.where(context_lens > 0, pages * PAGE + positions % PAGE, -1)
-    offsets, norms, q = (k_offset, v_offset), (q_norm, k_norm), torch.empty_like(out)
-    append_cpu(qkv, cos, sin, positions, slots, *offsets, rotate, clip_ratios, *norms, eps, bits, cache, q)
+    last, offsets, norms = paged.last_tokens(block_tables, context_lens), (k_offset, v_offset), (q_norm, k_norm)
+    q = torch.empty_like(out)
+    append_cpu(qkv, cos, sin, *last, *offsets, rotate, clip_ratios, *norms, eps, bits, cache, q)
     where = block_tables, context_lens
     _decode_cpu(q, cache, bits, *where, scale, window, v_offset, settled, partials, counters, out)
 
 
 _append_decode = register(
-    "kv4_append_decode(Tensor qkv, Tensor cos, Tensor sin, Tensor? k_offset,"
-    " Tensor? v_offset, bool rotate, float[] clip_ratios, Tensor? q_norm, Tensor? k_norm, float eps, int bits,"
-    " Tensor(a!) cache, Tensor block_tables, Tensor context_lens, float scale, int window, bool settled,"
-    " Tensor(b!) partials, Tensor(c!) counters, Tensor(d!) out) -> ()",
+    "kv4_append_decode(Tensor qkv, Tensor cos, Tensor sin, Tensor? k_offset, Tensor? v_offset, bool rotate,"
+    " float[] clip_ratios, Tensor? q_norm, Tensor? k_norm, float eps, int bits, Tensor(a!) cache, Tensor block_tables,"
+    " Tensor context_lens, float scale, int window, bool settled, Tensor(b!) partials, Tensor(c!) counters,"
+    " Tensor(d!) out) -> ()",
     cuda=_append_decode_cuda,
     cpu=_append_decode_cpu,
 )

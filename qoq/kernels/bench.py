@@ -22,7 +22,7 @@ from qoq.kernels.build import Specialisation
 from qoq.kernels.cards import Card
 from qoq.kernels.gemm import PackedWeight, gate_up_silu, w4a8_gemm
 from qoq.kernels.head import lm_head
-from qoq.kernels.kv_cache import kv4_gather, rope_kv4_append
+from qoq.kernels.kv_cache import CLIP_RATIOS, kv4_gather, rope_kv4_append
 from qoq.kernels.rows import quant_rows, rmsnorm_quant, silu_mul_quant
 from qoq.kernels.sampling import sample
 from qoq.kernels.tiling import KERNELS, Config
@@ -38,7 +38,6 @@ ROW_TOKENS = (1, 64, 4096)
 HEAD_TOKENS = (1, 16, 64, 128, 256)
 SAMPLE_BATCHES = (1, 128)
 PREFILL = 4096  # tokens appended or gathered at once
-CLIP_RATIOS = (1, 0.96, 0.92, 0.88, 0.84)
 RIVALS = {"fp16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # operands of torch's products
 
 
@@ -373,18 +372,14 @@ def attention_passes(plan: Plan, machine: Machine) -> Iterator[Pass]:
         qkv = torch.randn(batch, width, dtype=torch.float16, device=device)
         lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
         workspace = Workspace.of(batch, model.num_heads, model.num_kv_heads, layout.head_dim, pages_of(context), device)
-        decode = partial(kv4_decode, scale=scale, v_offset=v_offset, workspace=workspace)
-        both = partial(kv4_append_decode, scale=scale, clip_ratios=CLIP_RATIOS, workspace=workspace)
         places, moved = tables(sets[batch, context], batch, context), batch * context * token_bytes
-        for name, calls, own in (
-            ("kv4_decode", [partial(decode, q, cache, layout, table, lengths) for table in places], 0),
-            (
-                "kv4_append_decode",
-                [partial(both, qkv, rope, cache, layout, transform, table, lengths) for table in places],
-                2 * qkv.numel(),
-            ),
-        ):
-            yield one_pass(name, {"batch": batch, "context": context}, moved + own, calls, machine)
+        decode = partial(kv4_decode, scale=scale, v_offset=v_offset, workspace=workspace)
+        calls = [partial(decode, q, cache, layout, table, lengths) for table in places]
+        yield one_pass("kv4_decode", {"batch": batch, "context": context}, moved, calls, machine)
+        both = partial(kv4_append_decode, scale=scale, clip_ratios=CLIP_RATIOS, workspace=workspace)
+        calls = [partial(both, qkv, rope, cache, layout, transform, table, lengths) for table in places]
+        moved += 2 * qkv.numel()
+        yield one_pass("kv4_append_decode", {"batch": batch, "context": context}, moved, calls, machine)
 
 
 def append_pass(

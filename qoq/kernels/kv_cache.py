@@ -40,11 +40,11 @@ def append_defines(layout: Layout, clip_ratios: tuple[float, ...]) -> dict[str, 
     return layout_defines(layout) | {"RATIOS": literals(list(clip_ratios)), "MARGINS": literals(margins)}
 
 
-CHECKED = (*(Layout(head_dim) for head_dim in paged.HEAD_DIMS), Layout(128, 8), Layout(128, 16))
-CHECKED_RATIOS = (1, 0.96, 0.92, 0.88, 0.84)
+LAYOUTS = (*(Layout(head_dim) for head_dim in paged.HEAD_DIMS), Layout(128, 8), Layout(128, 16))
+CLIP_RATIOS = (1, 0.96, 0.92, 0.88, 0.84)
 SPECIALISATIONS = (
-    *(Specialisation("append.cu", append_defines(layout, CHECKED_RATIOS)) for layout in CHECKED),
-    *(Specialisation("gather.cu", layout_defines(layout), expected=(r"STG\.E\.128",)) for layout in CHECKED),
+    *(Specialisation("append.cu", append_defines(layout, CLIP_RATIOS)) for layout in LAYOUTS),
+    *(Specialisation("gather.cu", layout_defines(layout), expected=(r"STG\.E\.128",)) for layout in LAYOUTS),
 )
 
 

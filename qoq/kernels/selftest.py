@@ -19,6 +19,7 @@ from qoq.errors import KernelError
 from qoq.kernels import build, gemm, tiling
 from qoq.kernels.cards import card_of
 from qoq.kernels.gemm import PackedWeight
+from qoq.kernels.kv_cache import CLIP_RATIOS, LAYOUTS
 from qoq.kernels.tiling import Config
 from qoq.models.decoder import KVTransform
 from qoq.paged import Layout
@@ -252,7 +253,7 @@ def random_cache(layout: Layout, lengths: Sequence[int], device: str | torch.dev
         cache,
         layout,
         transform,
-        (1, 0.96, 0.92, 0.88, 0.84),
+        CLIP_RATIOS,
     )
     return cache, block_tables, torch.tensor(lengths, dtype=torch.int32), q
 
@@ -260,46 +261,41 @@ def random_cache(layout: Layout, lengths: Sequence[int], device: str | torch.dev
 def check_rope_kv4_append(device: torch.device) -> Outcome:
     """Queries and every byte of the cache are equal."""
     wrong = 0
-    layouts = [Layout(head_dim) for head_dim in paged.HEAD_DIMS] + [Layout(128, 8), Layout(128, 16)]
-    for layout in layouts:
+    for layout in LAYOUTS:
         made = []
         for where in ("cpu", device):
             torch.manual_seed(layout.head_dim)
             made.append(random_cache(layout, (70, 3, 128), where))
         wrong += sum(int((a.cpu() != b.cpu()).sum()) for a, b in zip(*made, strict=True))
-    return Outcome(len(layouts), wrong, 0)
+    return Outcome(len(LAYOUTS), wrong, 0)
 
 
 def check_kv4_decode(device: torch.device) -> Outcome:
     """Relative error against float64, of all queries of a sequence."""
     worst, lengths = 0.0, (1, 64, 65, 700, 3000)
-    layouts = [Layout(head_dim) for head_dim in paged.HEAD_DIMS] + [Layout(128, 8), Layout(128, 16)]
-    for layout in layouts:
+    for layout in LAYOUTS:
         cache, block_tables, context_lens, q = random_cache(layout, lengths, device)
         last = q[context_lens.cumsum(0).to(device) - 1]
         arguments = last, cache, layout, block_tables.to(device), context_lens.to(device), layout.head_dim**-0.5
         out, exact = kernels.kv4_decode(*arguments).double(), paged.attention(*arguments)
         worst = max(worst, float(((out - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).nan_to_num(torch.inf).max()))
-    return Outcome(len(layouts) * len(lengths), worst, 2e-3)
+    return Outcome(len(LAYOUTS) * len(lengths), worst, 2e-3)
 
 
 def check_kv4_append_decode(device: torch.device) -> Outcome:
     """Outputs and every byte of the cache are those of `rope_kv4_append` and `kv4_decode`."""
     wrong, lengths = 0, (1, 64, 65, 700, 3000)
-    layouts = [Layout(head_dim) for head_dim in paged.HEAD_DIMS] + [Layout(128, 8), Layout(128, 16)]
-    for layout in layouts:
+    for layout in LAYOUTS:
         one, block_tables, context_lens, _ = random_cache(layout, lengths, device)
-        where, positions = (block_tables.to(device), context_lens.to(device)), (context_lens.long() - 1).to(device)
-        pages = where[0].gather(1, positions[:, None] // paged.PAGE)[:, 0].long()
-        slots, two = pages * paged.PAGE + positions % paged.PAGE, one.clone()
+        where, two = (block_tables.to(device), context_lens.to(device)), one.clone()
         angles = torch.rand(max(lengths), layout.head_dim // 2, device=device) * 6
         qkv = torch.randn(len(lengths), 12 * layout.head_dim).half().to(device)
         new, how = (qkv, (angles.cos(), angles.sin())), (layout, KVTransform(True))
-        q = kernels.rope_kv4_append(*new, positions, slots, one, *how)
+        q = kernels.rope_kv4_append(*new, *paged.last_tokens(*where), one, *how)
         expected = kernels.kv4_decode(q, one, layout, *where, layout.head_dim**-0.5)
         found = kernels.kv4_append_decode(*new, two, *how, *where, layout.head_dim**-0.5)
         wrong += int((found != expected).sum()) + int((one != two).sum())
-    return Outcome(len(layouts) * len(lengths), wrong, 0)
+    return Outcome(len(LAYOUTS) * len(lengths), wrong, 0)
 
 
 # Sampling

@@ -14,7 +14,7 @@ from qoq.runtime.scheduler import Chunk, Request
 
 GATHERED_TOKENS = 16384  # whose keys and values prefill attention unpacks at once, at least
 ALIGNMENT = 16  # bytes
-STAGED = ("ids", "positions", "slots", "block_tables", "context_lens")  # what layers read of a batch of decodes
+STAGED = ("ids", "positions", "slots", "block_tables", "context_lens")  # what a graph takes over of a batch
 
 
 @dataclass(frozen=True)

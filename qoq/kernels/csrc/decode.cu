@@ -12,7 +12,6 @@ struct Appended {
     struct Scratch {};
     const __half* q;
 
-    __device__ __forceinline__ void make(const Item&, int, bool, Scratch&) const {}
     __device__ __forceinline__ const __half* queries(const Item& item, const Scratch&) const {
         return q + int64_t(item.row) * HEAD_DIM;
     }

@@ -18,8 +18,8 @@ namespace append {
 constexpr int LANES = 32;
 constexpr uint32_t ALL_LANES = 0xffffffff;
 constexpr int TEAMS = LANES / TEAM;
-constexpr int PAIRS = HEAD_DIM / (2 * TEAM), VALUES = 2 * PAIRS;                    // of a lane
-constexpr int POWER = PAIRS <= 2 ? PAIRS : PAIRS <= 4 ? 4 : PAIRS <= 8 ? 8 : 16;    // PAIRS or more
+constexpr int PAIRS = HEAD_DIM / (2 * TEAM), VALUES = 2 * PAIRS;                 // of a lane
+constexpr int POWER = PAIRS <= 2 ? PAIRS : PAIRS <= 4 ? 4 : PAIRS <= 8 ? 8 : 16;  // PAIRS or more
 constexpr int HALF_DIM = HEAD_DIM / 2, HALF_VALUES = VALUES / 2;  // RoPE pairs dims i and i + HALF_DIM
 constexpr int ROTATED = HEAD_DIM & -HEAD_DIM;  // dims of a Hadamard block: the largest power of two in HEAD_DIM
 constexpr float LEVELS = (1 << BITS % 16) - 1;
@@ -225,8 +225,8 @@ __device__ __forceinline__ void store_halves(const float (&x)[VALUES], __half* r
     }
 }
 
-constexpr int SCRATCH = BITS < 16 ? ROW : 16;  // bytes of a head's codes
-constexpr int PIECES = HEAD_DIM / 16;          // of 16 codes, which a lane stores at once
+constexpr int SCRATCH = BITS < 16 ? ROW : 16;     // bytes of a head's codes
+constexpr int PIECES = HEAD_DIM / 16;             // of 16 codes, which a lane stores at once
 constexpr int PIECE = BITS < 16 ? 2 * BITS : 16;  // its bytes
 struct alignas(PIECE) Piece {
     uint32_t words[PIECE / 4];

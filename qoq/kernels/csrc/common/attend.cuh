@@ -143,9 +143,9 @@ struct Merged {
 // H = min(group, 8), partials holds (P, max_splits, H, HEAD_DIM) sums, then (P, max_splits, H) bases and totals;
 // counters, zero between launches, the ticket, the blocks that are through, and the splits that arrived for each of P.
 //
-// New says whether this kernel APPENDS, and where queries are: make(item, length, ends, scratch) makes, after the
-// predecessor, what an item of a sequence of `length` tokens needs, in some warps, with the new token's key and value
-// if it `ends` with the sequence; queries(item, scratch) are there when the block has met.
+// New says where queries are: queries(item, scratch), once the block has met. If it APPENDS, make(item, length, ends,
+// scratch) makes, after the predecessor, what an item of a sequence of `length` tokens needs, in some warps, with the
+// new token's key and value if it `ends` with the sequence.
 template <class New>
 __device__ __forceinline__ void attend(New fresh, const unsigned char* cache, const int32_t* block_tables,
                                        const int32_t* context_lens, const __half* v_offset, __half* out,
@@ -325,10 +325,12 @@ __device__ __forceinline__ void attend(New fresh, const unsigned char* cache, co
             item = next_item;
             if (APART && item != NONE) begin(item, known[turn ^ 1]);
         }
-        if (New::APPENDS && item != NONE) {
-            const Item next = item_of(item);
-            const int length = context_lens[next.b];
-            fresh.make(next, length, next.split == Splits(length, window).count - 1, scratch);
+        if constexpr (New::APPENDS) {
+            if (item != NONE) {
+                const Item next = item_of(item);
+                const int length = context_lens[next.b];
+                fresh.make(next, length, next.split == Splits(length, window).count - 1, scratch);
+            }
         }
         if (attends) merge(known[turn]);
         __syncthreads();
